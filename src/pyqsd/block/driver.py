@@ -138,6 +138,19 @@ class Driver:
 
         return default_child_perms(self, child, role, perm, shared)
 
+    # A change of permissions goes through these: `check_perm`, then `set_perm` or `abort_perm_update`, each with the
+    # cumulative permissions of all parents of the node (bits of `pyqsd.block.permissions`).
+
+    def check_perm(self, perm: int, shared: int) -> None:
+        """Take what holding `perm` and sharing only `shared` requires (locks), in addition to what is held. Raises Error,
+        and then nothing has changed."""
+
+    def set_perm(self, perm: int, shared: int) -> None:
+        """The permissions are now these: drop what is no longer needed. Cannot fail."""
+
+    def abort_perm_update(self) -> None:
+        """Go back to the permissions of the last `set_perm`. Cannot fail."""
+
     # --- size ---------------------------------------------------------------------------------------------------
 
     def length(self) -> int:
