@@ -169,8 +169,8 @@ class Driver:
     # --- where the data is ------------------------------------------------------------------------------------------
 
     def map(self, offset: int, length: int) -> Extent | None:
-        """Where the bytes at ``[offset, offset + length)`` are, for a prefix of that range, from what is in memory; None
-        when metadata must be read first (`load_map`). See `pyqsd.block.extents`. Must not wait and has no effect."""
+        """Where the bytes at ``[offset, offset + length)`` are, for a prefix of that range, from what is in memory;
+        None when metadata must be read first (`load_map`). See `pyqsd.block.extents`. Must not wait, has no effect."""
         return (length, DATA | ALLOCATED | DRIVER, None, 0)
 
     async def load_map(self, offset: int, length: int) -> Extent:

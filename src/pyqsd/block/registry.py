@@ -1,8 +1,8 @@
 """Finding drivers by name.
 
 A driver is a module (or package) below ``pyqsd/drivers/{formats,protocols,filters}`` named like the driver with ``-``
-as ``_``, which has the driver's class as ``DRIVER``; nothing else is registered by hand. Other distributions add drivers
-with entry points in the group ``pyqsd.drivers``. Modules are imported when their driver is first used.
+as ``_``, which has the driver's class as ``DRIVER``; nothing else is registered by hand. Other distributions add
+drivers with entry points in the group ``pyqsd.drivers``. Modules are imported when their driver is first used.
 """
 
 from __future__ import annotations

@@ -1,0 +1,242 @@
+"""How an export, a job or a command uses a node: a root of the graph.
+
+A `BlockBackend` holds permissions on its node, checks the range of requests against the size, counts what is in flight,
+and holds new requests back while the graph below is drained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from pyqsd.block import graph_perms
+from pyqsd.block import permissions as perms
+from pyqsd.block.child import Child
+
+if TYPE_CHECKING:
+    from pyqsd.block.extents import Extent
+    from pyqsd.block.graph import Graph
+    from pyqsd.block.node import Node
+
+
+class BlockBackend:
+    """A user of a node from outside the graph.
+
+    Arguments:
+        graph: the graph that the node belongs to.
+        description: how messages about permission conflicts call this user, for example "an unnamed block device".
+        perm, shared: bits of `pyqsd.block.permissions` that it needs, and lets others have.
+    """
+
+    def __init__(self, graph: Graph, description: str, perm: int, shared: int) -> None:
+        self.graph = graph
+        self._description = description
+        self._perm = perm
+        self._shared = shared
+        self.edge: Child | None = None
+        #: Called when the size of the node has changed.
+        self.on_resize: Callable[[], None] | None = None
+        #: Called when a drain of the graph below begins and ends.
+        self.on_drain_begin: Callable[[], None] | None = None
+        self.on_drain_end: Callable[[], None] | None = None
+        self.in_flight = 0
+        self.quiesced = 0
+        self._resumed: asyncio.Event | None = None
+        self._idle_waiters: list[asyncio.Future[None]] = []
+
+    def description(self) -> str:
+        """How messages call this user."""
+        return self._description
+
+    def insert(self, node: Node) -> None:
+        """Start to use `node`. Raises Error and leaves everything as it was if a permission is not to be had."""
+        if self.edge is not None:
+            raise ValueError("this backend has a node already")
+        edge = Child(self, "root", node, 0, 0, perms.ALL)
+        node.parents.insert(0, edge)
+        try:
+            graph_perms.refresh([node], {edge: (self._perm, self._shared)})
+        except BaseException:
+            node.parents.remove(edge)
+            raise
+        self.edge = edge
+        self.graph.backends.append(self)
+        self.graph.join_drains(self)
+
+    def set_perms(self, perm: int, shared: int) -> None:
+        """Need and share something else from now on. Raises Error and changes nothing if that is not to be had."""
+        if self.edge is not None:
+            graph_perms.refresh([self.edge.node], {self.edge: (perm, shared)})
+        self._perm, self._shared = perm, shared
+
+    def remove(self) -> None:
+        """Stop using the node; no request may be in flight."""
+        edge = self.edge
+        if edge is None:
+            return
+        edge.node.parents.remove(edge)
+        self.edge = None
+        self.graph.backends.remove(self)
+        graph_perms.refresh([edge.node])
+        if self._resumed is not None:
+            self._resumed.set()
+        self.quiesced = 0
+
+    @property
+    def node(self) -> Node:
+        """The node that is used."""
+        edge = self.edge
+        if edge is None:
+            raise OSError(errno.ENOMEDIUM, "no node")
+        return edge.node
+
+    @property
+    def length(self) -> int:
+        """The size in bytes."""
+        return self.node.length
+
+    @property
+    def read_only(self) -> bool:
+        """Whether writing is not possible: the node is read-only or WRITE was not asked for."""
+        return self.node.read_only or not self._perm & perms.WRITE
+
+    def child_resized(self, edge: Child) -> None:
+        """The node has another length now."""
+        if self.on_resize is not None:
+            self.on_resize()
+
+    # --- draining ----------------------------------------------------------------------------------------------------
+
+    def quiesce(self) -> None:
+        """Hold back new requests from now on."""
+        self.quiesced += 1
+        if self.quiesced == 1:
+            self._resumed = asyncio.Event()
+            if self.on_drain_begin is not None:
+                self.on_drain_begin()
+
+    def resume(self) -> None:
+        """The opposite of `quiesce`."""
+        if not self.quiesced:
+            return
+        self.quiesced -= 1
+        if not self.quiesced:
+            assert self._resumed is not None
+            self._resumed.set()
+            if self.on_drain_end is not None:
+                self.on_drain_end()
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is in flight here."""
+        while self.in_flight:
+            waiter = asyncio.get_running_loop().create_future()
+            self._idle_waiters.append(waiter)
+            await waiter
+
+    async def _begin(self) -> Node:
+        while self.quiesced:
+            assert self._resumed is not None
+            await self._resumed.wait()
+        node = self.node
+        self.in_flight += 1
+        return node
+
+    def _end(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight and self._idle_waiters:
+            waiters, self._idle_waiters = self._idle_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    # --- I/O ---------------------------------------------------------------------------------------------------------
+
+    def read_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        """Read the whole range if that takes no waiting; False otherwise, with the buffers in any state."""
+        edge = self.edge
+        return edge is not None and not self.quiesced and edge.node.read_now(offset, length, iov)
+
+    def write_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        """Write the whole range in place if that takes no waiting; False otherwise."""
+        edge = self.edge
+        if edge is None or self.quiesced or not edge.perm & perms.WRITE:
+            return False
+        return edge.node.write_now(offset, length, iov)
+
+    async def preadv(self, offset: int, length: int, iov: list[memoryview], flags: int = 0) -> None:
+        """Read. Raises OSError, with EIO if the range is not inside the node."""
+        node = await self._begin()
+        try:
+            self._check(node, offset, length)
+            await node.preadv(offset, length, iov, flags)
+        finally:
+            self._end()
+
+    async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int = 0) -> None:
+        """Write. Raises OSError, with EIO if the range is not inside the node, EPERM if this user may not write."""
+        node = await self._begin()
+        try:
+            self._check_write(node, offset, length)
+            await node.pwritev(offset, length, iov, flags)
+        finally:
+            self._end()
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Write zeroes; see `Node.pwrite_zeroes`."""
+        node = await self._begin()
+        try:
+            self._check_write(node, offset, length)
+            await node.pwrite_zeroes(offset, length, flags)
+        finally:
+            self._end()
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """Discard; see `Node.pdiscard`."""
+        node = await self._begin()
+        try:
+            self._check_write(node, offset, length)
+            await node.pdiscard(offset, length)
+        finally:
+            self._end()
+
+    async def flush(self) -> None:
+        """Make everything whose write has completed durable."""
+        node = await self._begin()
+        try:
+            await node.flush()
+        finally:
+            self._end()
+
+    async def block_status_above(
+        self, base: Node | None, offset: int, length: int, want_zero: bool = True
+    ) -> tuple[Extent, int]:
+        """Block status through the backing chain; see `Node.block_status_above`."""
+        node = await self._begin()
+        try:
+            self._check(node, offset, length)
+            return await node.block_status_above(base, offset, length, want_zero)
+        finally:
+            self._end()
+
+    async def truncate(
+        self, length: int, *, exact: bool = False, preallocation: str = "off", zero_new: bool = False
+    ) -> None:
+        """Resize; this user needs the permission RESIZE."""
+        node = await self._begin()
+        try:
+            await node.truncate(length, exact=exact, preallocation=preallocation, zero_new=zero_new)
+        finally:
+            self._end()
+
+    @staticmethod
+    def _check(node: Node, offset: int, length: int) -> None:
+        if offset < 0 or length < 0 or offset + length > node.length:
+            raise OSError(errno.EIO, "Request out of range")
+
+    def _check_write(self, node: Node, offset: int, length: int) -> None:
+        self._check(node, offset, length)
+        edge = self.edge
+        if edge is None or not edge.perm & perms.WRITE:
+            raise OSError(errno.EPERM, "Block device is read-only")

@@ -1,0 +1,125 @@
+"""Working out permissions through the graph, all or nothing.
+
+Facts as QSD shows them in ``x-debug-query-block-graph`` and in its messages.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pyqsd.block import permissions as perms
+from pyqsd.block.driver import ROLE_COW, ROLE_DATA, ROLE_FILTERED, ROLE_METADATA
+from pyqsd.qapi.errors import Error
+
+if TYPE_CHECKING:
+    from pyqsd.block.child import Child
+    from pyqsd.block.driver import Driver
+    from pyqsd.block.node import Node
+
+Perms = tuple[int, int]
+
+
+def default_child_perms(driver: Driver, child: Child, role: int, perm: int, shared: int) -> Perms:
+    """What a driver needs and shares on a child of `role`, given what its parents need and share."""
+    if role & ROLE_FILTERED:
+        return perm, shared
+    if role & ROLE_COW:
+        # Reading the backing file must give what it gave before; its other users may do what ours allow.
+        need = perm & perms.CONSISTENT_READ
+        share = perms.CONSISTENT_READ | perms.WRITE_UNCHANGED
+        if shared & perms.WRITE or not driver.node.active:
+            share |= perms.WRITE | perms.RESIZE
+        return need, share
+    need, share = perm, shared
+    if role & ROLE_METADATA:
+        if not driver.node.read_only and driver.node.active:
+            need |= perms.WRITE | perms.RESIZE
+        need |= perms.CONSISTENT_READ
+    if role & (ROLE_METADATA | ROLE_DATA):
+        if need & perms.WRITE:
+            need |= perms.RESIZE
+        share &= ~(perms.WRITE | perms.RESIZE)
+        share |= perms.CONSISTENT_READ | perms.WRITE_UNCHANGED
+    if not driver.node.active:
+        share |= perms.WRITE | perms.RESIZE
+    return need, share
+
+
+def _topological(roots: Iterable[Node]) -> list[Node]:
+    """All nodes reachable from `roots`, parents before children."""
+    order: list[Node] = []
+    seen: set[Node] = set()
+
+    def visit(node: Node) -> None:
+        if node in seen:
+            return
+        seen.add(node)
+        for child in node.children:
+            visit(child.node)
+        order.append(node)
+
+    for root in roots:
+        visit(root)
+    order.reverse()
+    return order
+
+
+def _check_conflicts(node: Node, new: dict[Child, Perms]) -> None:
+    parents = node.parents
+    for a in parents:
+        need = new.get(a, (a.perm, a.shared))[0]
+        for b in parents:
+            if a is b:
+                continue
+            missing = need & ~new.get(b, (b.perm, b.shared))[1]
+            if missing:
+                raise Error(
+                    f"Permission conflict on node '{node.name}': permissions '{perms.names(missing)}' are both "
+                    f"required by {a.parent_description()} (uses node '{node.name}' as '{a.name}' child) and unshared by "
+                    f"{b.parent_description()} (uses node '{node.name}' as '{b.name}' child).",
+                    errno.EPERM,
+                )
+
+
+def cumulative(node: Node, new: dict[Child, Perms] | None = None) -> Perms:
+    """What all parents of `node` together need, and all of them share."""
+    perm, shared = 0, perms.ALL
+    for edge in node.parents:
+        p, s = (edge.perm, edge.shared) if new is None else new.get(edge, (edge.perm, edge.shared))
+        perm |= p
+        shared &= s
+    return perm, shared
+
+
+def refresh(roots: Iterable[Node], given: dict[Child, Perms] | None = None) -> None:
+    """Recompute the permissions on all edges below `roots`, where the edges in `given` are to get the permissions named
+    there. Either all of it happens, or nothing and Error is raised (a conflict, a read-only node, a file lock)."""
+    new: dict[Child, Perms] = dict(given or {})
+    order = _topological(roots)
+    prepared: list[tuple[Node, int, int]] = []
+    try:
+        for node in order:
+            _check_conflicts(node, new)
+            perm, shared = cumulative(node, new)
+            if perm & (perms.WRITE | perms.WRITE_UNCHANGED):
+                if not node.active:
+                    raise Error("Block node is inactive", errno.EPERM)
+                if node.read_only:
+                    raise Error("Block node is read-only", errno.EPERM)
+            prepared.append((node, perm, shared))
+            if node.opened:
+                node.driver.check_perm(perm, shared)
+            for child in node.children:
+                new[child] = node.driver.child_perms(child, child.role, perm, shared)
+    except BaseException:
+        for node, _, _ in reversed(prepared):
+            if node.opened:
+                node.driver.abort_perm_update()
+        raise
+    for child, (perm, shared) in new.items():
+        child.perm, child.shared = perm, shared
+    for node, perm, shared in prepared:
+        if node.opened:
+            node.driver.set_perm(perm, shared)

@@ -1,0 +1,655 @@
+"""A block node: the one gate to a driver.
+
+Everybody who wants to read or write an image goes through its node: it knows the range, the alignment, the requests in
+flight and those that must not overlap, the dirty bitmaps and the write threshold. The graph side of a node (opening,
+children, permissions, reopening) is in `pyqsd.block.graph`; block status is in `pyqsd.block.status`.
+
+Offsets and lengths are bytes. I/O raises OSError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
+
+from pyqsd.block import graph_perms, status, write_threshold
+from pyqsd.block import iov as iovs
+from pyqsd.block import permissions as perms
+from pyqsd.block.child import Child
+from pyqsd.block.driver import (
+    FUA,
+    MAY_UNMAP,
+    NO_FALLBACK,
+    ROLE_COW,
+    Driver,
+    Limits,
+)
+from pyqsd.block.extents import ALLOCATED, DRIVER, OFFSET_VALID, RAW, ZERO, Extent
+from pyqsd.block.options import BlockdevOptions, BlockdevRef
+from pyqsd.qapi.errors import Error
+
+if TYPE_CHECKING:
+    from pyqsd.block.dirty_bitmap import DirtyBitmap
+    from pyqsd.block.graph import Graph
+
+#: A zero write that falls back to writing zeroes goes in pieces of this size.
+_ZERO_PIECE = 16 << 20
+
+
+class Tracked:
+    """A write that has not finished: ``[start, end)`` in bytes, and whether others must wait for it."""
+
+    __slots__ = ("done", "end", "serialising", "start", "waits_for")
+
+    def __init__(self, start: int, end: int, serialising: bool) -> None:
+        self.start = start
+        self.end = end
+        self.serialising = serialising
+        self.done: asyncio.Future[None] | None = None
+        self.waits_for: Tracked | None = None
+
+    def waits_for_any(self, other: Tracked) -> bool:
+        """Whether this request waits, directly or not, for `other`."""
+        step: Tracked | None = self
+        while step is not None:
+            if step is other:
+                return True
+            step = step.waits_for
+        return False
+
+
+class Node:
+    """A node of the block graph. Made by `Graph`; see `docs/architecture.md` for the contract with its users."""
+
+    def __init__(self, graph: Graph, name: str, driver_class: type[Driver], options: BlockdevOptions) -> None:
+        self.graph = graph
+        self.name = name
+        self.options = options
+        self.driver: Driver = driver_class(self, options)
+        self.children: list[Child] = []
+        self.parents: list[Child] = []
+        #: `Driver.open` has finished, and `Driver.close` has not begun.
+        self.opened = False
+        #: It was added by the user by name, and only the user removes it.
+        self.monitor_owned = False
+        # Effective options; `Graph` sets them before the driver is opened.
+        self.read_only = False
+        self.auto_read_only = False
+        self.active = True
+        self.cache_direct = False
+        self.no_flush = False
+        self.discard_unmap = False
+        self.force_share = False
+        self.detect_zeroes = "off"
+        self.length = 0
+        self.limits = Limits()
+        self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
+        #: Offset above which a write raises BLOCK_WRITE_THRESHOLD, 0: none.
+        self.write_threshold = 0
+        self.wr_highest_offset = 0
+        self.in_flight = 0
+        self._tracked: set[Tracked] = set()
+        self._serialising = 0
+        self._write_generation = 0
+        self._flushed_generation = 0
+        self._flushing: asyncio.Future[None] | None = None
+        self._idle_waiters: list[asyncio.Future[None]] = []
+
+    def __repr__(self) -> str:
+        return f"<Node {self.name} ({self.driver.name})>"
+
+    def description(self) -> str:
+        """How messages call this node as a parent."""
+        return f"node '{self.name}'"
+
+    # --- what drivers use while they open ----------------------------------------------------------------------------
+
+    async def open_child(self, name: str, ref: BlockdevRef, role: int) -> Child:
+        """Open (or find) the node that `ref` describes and attach it as the child `name`."""
+        return await self.graph.open_child(self, name, ref, role)
+
+    async def open_backing(self, filename: str, fmt: str | None) -> Child | None:
+        """Open the backing file that an image names and attach it as ``backing``."""
+        from pyqsd.block.open_image import open_backing
+
+        return await open_backing(self, filename, fmt)
+
+    def set_read_only(self, reason: str) -> None:
+        """Fall back to read-only if ``auto-read-only`` allows it; else raise Error(`reason`) with EACCES."""
+        if self.read_only:
+            return
+        if not self.auto_read_only:
+            raise Error(reason, errno.EACCES)
+        self.read_only = True
+
+    def refresh_limits(self) -> None:
+        """Ask the driver again for its limits, and pass that on to the parents that depend on them."""
+        limits = Limits()
+        for child in self.children:
+            if child.role & ROLE_COW:
+                continue
+            below = child.node.limits
+            limits.memory_alignment = max(limits.memory_alignment, below.memory_alignment)
+            limits.opt_transfer = max(limits.opt_transfer, below.opt_transfer)
+        self.driver.refresh_limits(limits)
+        self.limits = limits
+        for edge in self.parents:
+            if isinstance(edge.parent, Node) and edge.parent.opened:
+                edge.parent.refresh_limits()
+
+    # --- without waiting ---------------------------------------------------------------------------------------------
+
+    def read_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        """Read the whole range if that takes no waiting; False otherwise, with the buffers in any state."""
+        if offset + length > self.length or offset < 0:
+            return False
+        return self.driver.read_now(offset, length, iov)
+
+    def read_mapped_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        """`Driver.read_now` of drivers that have a map."""
+        extent = self.driver.map(offset, length)
+        if extent is None:
+            return False
+        n, flags, node, at = extent
+        if n == length and flags & OFFSET_VALID and not flags & (ZERO | DRIVER):
+            assert node is not None
+            return node.read_now(at, length, iov)
+        done = 0
+        while True:
+            part = iov if n == length else iovs.part(iov, done, n)
+            if flags & DRIVER:
+                return False
+            if flags & ZERO:
+                iovs.fill_zero(part)
+            elif flags & OFFSET_VALID:
+                assert node is not None
+                if not node.read_now(at, n, part):
+                    return False
+            elif flags & ALLOCATED or not self._read_backing_now(offset + done, n, part):
+                return False
+            done += n
+            if done == length:
+                return True
+            extent = self.driver.map(offset + done, length - done)
+            if extent is None:
+                return False
+            n, flags, node, at = extent
+
+    def _read_backing_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        backing = self.driver.backing
+        if backing is None or offset >= backing.node.length:
+            iovs.fill_zero(iov)
+            return True
+        return backing.node.read_now(offset, length, iov)
+
+    def write_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        """Write the whole range in place if that takes no waiting; False otherwise, and the caller writes it all with
+        `pwritev`. The caller holds the permission to write."""
+        end = offset + length
+        if end > self.length or offset < 0 or self._serialising or self.detect_zeroes != "off":
+            return False
+        if not self.driver.write_now(offset, length, iov):
+            return False
+        self._write_generation += 1
+        if end > self.wr_highest_offset:
+            self.wr_highest_offset = end
+        if self.dirty_bitmaps or self.write_threshold:
+            self._written(offset, length)
+        return True
+
+    def write_mapped_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        """`Driver.write_now` of drivers that have a `map_write`."""
+        target = self.driver.map_write(offset, length)
+        if target is None:
+            return False
+        n, node, at = target
+        if n == length:
+            return node.write_now(at, length, iov)
+        done = 0
+        while True:
+            if not node.write_now(at, n, iovs.part(iov, done, n)):
+                return False
+            done += n
+            if done == length:
+                return True
+            target = self.driver.map_write(offset + done, length - done)
+            if target is None:
+                return False
+            n, node, at = target
+
+    # --- reading -----------------------------------------------------------------------------------------------------
+
+    async def preadv(self, offset: int, length: int, iov: list[memoryview], flags: int = 0) -> None:
+        """Fill `iov` with the content of the range; what is beyond the end reads as zeroes."""
+        if self.read_now(offset, length, iov):
+            return
+        if offset < 0 or length < 0:
+            raise OSError(errno.EIO, "Request out of range")
+        if offset + length > self.length:
+            inside = max(0, self.length - offset)
+            iovs.fill_zero(iovs.part(iov, inside, length - inside))
+            if not inside:
+                return
+            iov, length = iovs.part(iov, 0, inside), inside
+        self.in_flight += 1
+        try:
+            limits = self.limits
+            align = limits.request_alignment
+            if align > 1 and (offset | length) & (align - 1):
+                await self._read_padded(offset, length, iov, align)
+            elif limits.memory_alignment > 1 and not iovs.is_aligned(iov, limits.memory_alignment):
+                bounce = iovs.aligned_buffer(length)
+                await self._read(offset, length, [bounce])
+                iovs.copy(iov, [bounce])
+            else:
+                await self._read(offset, length, iov)
+        finally:
+            self._request_done()
+
+    async def _read_padded(self, offset: int, length: int, iov: list[memoryview], align: int) -> None:
+        start = offset & -align
+        end = -(-(offset + length) // align) * align
+        bounce = iovs.aligned_buffer(end - start)
+        await self._read(start, end - start, [bounce])
+        iovs.copy(iov, [bounce[offset - start : offset - start + length]])
+
+    async def _read(self, offset: int, length: int, iov: list[memoryview]) -> None:
+        most = self.limits.max_transfer
+        if most and length > most:
+            for at in range(0, length, most):
+                n = min(most, length - at)
+                await self._read_mapped(offset + at, n, iovs.part(iov, at, n))
+        else:
+            await self._read_mapped(offset, length, iov)
+
+    async def _read_mapped(self, offset: int, length: int, iov: list[memoryview]) -> None:
+        driver = self.driver
+        if driver.is_protocol:
+            await driver.preadv(offset, length, iov)
+            return
+        done = 0
+        while done < length:
+            left = length - done
+            extent = driver.map(offset + done, left)
+            if extent is None:
+                extent = await driver.load_map(offset + done, left)
+            n, flags, node, at = extent
+            part = iov if n == length else iovs.part(iov, done, n)
+            if flags & DRIVER:
+                await driver.preadv(offset + done, n, part)
+            elif flags & ZERO:
+                iovs.fill_zero(part)
+            elif flags & OFFSET_VALID:
+                assert node is not None
+                await node.preadv(at, n, part)
+            elif driver.backing is None or offset + done >= driver.backing.node.length:
+                iovs.fill_zero(part)
+            else:
+                await driver.backing.node.preadv(offset + done, n, part)
+            done += n
+
+    async def pread(self, offset: int, length: int) -> bytearray:
+        """The content of the range, as a new buffer."""
+        data = bytearray(length)
+        await self.preadv(offset, length, [memoryview(data)])
+        return data
+
+    # --- writing -----------------------------------------------------------------------------------------------------
+
+    async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int = 0) -> None:
+        """Write `iov`. Beyond the end it extends the node (drivers write their metadata so)."""
+        if not flags and self.write_now(offset, length, iov):
+            return
+        self._check_writable(offset, length)
+        if self.detect_zeroes != "off" and length and iovs.is_zero(iov):
+            zero_flags = flags & FUA
+            if self.detect_zeroes == "unmap" and self.discard_unmap:
+                zero_flags |= MAY_UNMAP
+            await self.pwrite_zeroes(offset, length, zero_flags)
+            return
+        align = self.limits.request_alignment
+        if align > 1 and (offset | length) & (align - 1):
+            await self._tracked_write(
+                offset & -align,
+                -(-(offset + length) // align) * align,
+                True,
+                lambda: self._write_padded(offset, length, iov, flags, align),
+                offset,
+                length,
+            )
+        else:
+            await self._tracked_write(
+                offset, offset + length, False, lambda: self._write(offset, length, iov, flags), offset, length
+            )
+
+    async def pwrite(self, offset: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
+        """Write `data` (any buffer of bytes)."""
+        view = memoryview(data).cast("B")
+        await self.pwritev(offset, len(view), [view], flags)
+
+    def _check_writable(self, offset: int, length: int) -> None:
+        if offset < 0 or length < 0:
+            raise OSError(errno.EIO, "Request out of range")
+        if self.read_only or not self.active:
+            raise OSError(errno.EPERM, "Node is read-only")
+
+    async def _tracked_write(
+        self, start: int, end: int, serialising: bool, action: Callable[[], Awaitable[None]], offset: int, length: int
+    ) -> None:
+        """Run a write that touches ``[start, end)``, after the writes that it must not overlap; `offset` and `length`
+        are what the user asked for."""
+        request = Tracked(start, end, serialising)
+        self.in_flight += 1
+        self._tracked.add(request)
+        if serialising:
+            self._serialising += 1
+        try:
+            if self._serialising:
+                await self._wait_for_overlapping(request)
+            await action()
+        finally:
+            # Even a failed write may have changed something.
+            self._write_generation += 1
+            new_end = offset + length
+            if new_end > self.wr_highest_offset:
+                self.wr_highest_offset = new_end
+            if self.dirty_bitmaps or self.write_threshold:
+                self._written(offset, length)
+            self._tracked.discard(request)
+            if serialising:
+                self._serialising -= 1
+            if request.done is not None:
+                request.done.set_result(None)
+            self._request_done()
+
+    async def _wait_for_overlapping(self, request: Tracked) -> None:
+        while True:
+            for other in self._tracked:
+                if (
+                    other is not request
+                    and (other.serialising or request.serialising)
+                    and other.start < request.end
+                    and request.start < other.end
+                    # Whoever waits for us already must not be waited for.
+                    and not other.waits_for_any(request)
+                ):
+                    break
+            else:
+                return
+            if other.done is None:
+                other.done = asyncio.get_running_loop().create_future()
+            request.waits_for = other
+            try:
+                await asyncio.shield(other.done)
+            finally:
+                request.waits_for = None
+
+    def _written(self, offset: int, length: int) -> None:
+        for bitmap in self.dirty_bitmaps.values():
+            if bitmap.enabled:
+                bitmap.mark(offset, length)
+        if self.write_threshold and offset + length > self.write_threshold:
+            write_threshold.exceeded(self, offset, length)
+
+    async def _write_padded(self, offset: int, length: int, iov: list[memoryview], flags: int, align: int) -> None:
+        """Read, modify, write: the range is widened to `align`."""
+        start = offset & -align
+        end = -(-(offset + length) // align) * align
+        bounce = iovs.aligned_buffer(end - start)
+        if start < offset:
+            await self._read_block(start, align, bounce)
+        if end > offset + length and (end - align > start or start == offset):
+            await self._read_block(end - align, align, bounce[end - align - start :])
+        iovs.copy([bounce[offset - start : offset - start + length]], iov)
+        await self._write(start, end - start, [bounce], flags)
+
+    async def _read_block(self, at: int, align: int, into: memoryview) -> None:
+        if at < self.length:
+            await self._read(at, align, [into[:align]])
+
+    async def _write(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
+        limits = self.limits
+        if limits.memory_alignment > 1 and not iovs.is_aligned(iov, limits.memory_alignment):
+            bounce = iovs.aligned_buffer(length)
+            iovs.copy([bounce], iov)
+            iov = [bounce]
+        most = limits.max_transfer
+        if most and length > most:
+            for at in range(0, length, most):
+                n = min(most, length - at)
+                await self._driver_write(offset + at, n, iovs.part(iov, at, n), flags)
+        else:
+            await self._driver_write(offset, length, iov, flags)
+        self._extended_to(offset + length)
+
+    async def _driver_write(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
+        driver = self.driver
+        await driver.pwritev(offset, length, iov, flags & driver.write_flags)
+        if flags & FUA and not driver.write_flags & FUA:
+            self._write_generation += 1
+            await self.flush()
+
+    def _extended_to(self, end: int) -> None:
+        if end > self.length:
+            self._set_length(end)
+
+    def _set_length(self, length: int) -> None:
+        if length == self.length:
+            return
+        self.length = length
+        for bitmap in self.dirty_bitmaps.values():
+            bitmap.truncate(length)
+        for edge in self.parents:
+            edge.parent.child_resized(edge)
+
+    def child_resized(self, edge: Child) -> None:
+        """A child has another length now: the content of filters and of raw changes with it."""
+        if not self.opened:
+            return
+        extent = self.driver.map(0, 1) if edge is self.driver.file else None
+        if self.driver.is_filter or (extent is not None and extent[1] & RAW):
+            self._set_length(self.driver.length())
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        """Make the range read as zeroes; with `MAY_UNMAP` the space may be given back, with `NO_FALLBACK` it raises
+        ENOTSUP rather than write zero bytes."""
+        self._check_writable(offset, length)
+        if not self.discard_unmap:
+            flags &= ~MAY_UNMAP
+        align = max(self.limits.request_alignment, 1)
+        start = -(-offset // align) * align
+        end = (offset + length) & -align if align > 1 else offset + length
+        if start >= end:
+            if length:
+                await self._write_zero_bytes(offset, length, flags)
+            return
+        if offset < start:
+            await self._write_zero_bytes(offset, start - offset, flags)
+        await self._tracked_write(
+            start, end, False, lambda: self._zero_aligned(start, end - start, flags), start, end - start
+        )
+        if end < offset + length:
+            await self._write_zero_bytes(end, offset + length - end, flags)
+
+    async def _write_zero_bytes(self, offset: int, length: int, flags: int) -> None:
+        """Zero less than the driver's alignment, as data."""
+        view = iovs.zero_views(length)
+        align = self.limits.request_alignment
+        start, end = offset & -align, -(-(offset + length) // align) * align
+        await self._tracked_write(
+            start, end, True, lambda: self._write_padded(offset, length, view, flags & FUA, align), offset, length
+        )
+
+    async def _zero_aligned(self, offset: int, length: int, flags: int) -> None:
+        driver = self.driver
+        most = self.limits.max_pwrite_zeroes or length
+        # The driver's preferred alignment splits off a head and a tail that it would refuse with the middle.
+        granularity = max(self.limits.pwrite_zeroes_alignment, 1)
+        at, end = offset, offset + length
+        while at < end:
+            n = min(end - at, most)
+            head = at % granularity
+            if head:
+                n = min(n, granularity - head)
+            elif n > granularity:
+                n -= (at + n) % granularity
+            try:
+                await driver.pwrite_zeroes(at, n, flags & driver.zero_flags)
+            except OSError as exc:
+                if exc.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP) or flags & NO_FALLBACK:
+                    raise
+                for piece in range(at, at + n, _ZERO_PIECE):
+                    size = min(_ZERO_PIECE, at + n - piece)
+                    await self._write(piece, size, iovs.zero_views(size), flags & FUA)
+            else:
+                self._extended_to(at + n)
+                if flags & FUA and not driver.zero_flags & FUA:
+                    self._write_generation += 1
+                    await self.flush()
+            at += n
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        """The content is no longer needed. Nothing happens where ``discard=ignore`` or the driver cannot."""
+        self._check_writable(offset, length)
+        if not self.discard_unmap or not length:
+            return
+        end = min(offset + length, self.length)
+        align = max(self.limits.request_alignment, 1)
+        start = -(-offset // align) * align
+        # The last partial block may go when it is the end of the node.
+        if end != self.length:
+            end = end // align * align
+        if start >= end:
+            return
+        await self._tracked_write(start, end, False, lambda: self._discard(start, end), start, end - start)
+
+    async def _discard(self, start: int, end: int) -> None:
+        most = self.limits.max_pdiscard or end - start
+        granularity = max(self.limits.pdiscard_alignment, self.limits.request_alignment, 1)
+        at = start
+        while at < end:
+            n = min(end - at, most)
+            head = at % granularity
+            if head:
+                n = min(n, granularity - head)
+            elif n > granularity:
+                n -= (at + n) % granularity
+            try:
+                await self.driver.pdiscard(at, n)
+            except OSError as exc:
+                if exc.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+                    raise
+            at += n
+
+    # --- flushing, resizing ------------------------------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        """Everything whose write has completed is durable afterwards (unless ``cache.no-flush``)."""
+        if self.read_only or not self.active:
+            return
+        self.in_flight += 1
+        try:
+            generation = self._write_generation
+            while self._flushing is not None:
+                await asyncio.shield(self._flushing)
+            self._flushing = asyncio.get_running_loop().create_future()
+            try:
+                driver = self.driver
+                if driver.is_protocol:
+                    if not self.no_flush and generation != self._flushed_generation:
+                        await driver.flush()
+                else:
+                    await driver.flush()
+                for child in tuple(self.children):
+                    if child.perm & (perms.WRITE | perms.WRITE_UNCHANGED):
+                        await child.node.flush()
+                if generation > self._flushed_generation:
+                    self._flushed_generation = generation
+            finally:
+                waiters, self._flushing = self._flushing, None
+                waiters.set_result(None)
+        finally:
+            self._request_done()
+
+    async def truncate(
+        self, length: int, *, exact: bool = False, preallocation: str = "off", zero_new: bool = False
+    ) -> None:
+        """Resize to `length` bytes. Raises Error with QSD's words, or OSError."""
+        if length < 0:
+            raise Error("Image size cannot be negative", errno.EINVAL)
+        if self.read_only:
+            raise Error("Image is read-only", errno.EACCES)
+        old = self.length
+        backing = self.driver.backing
+        if length > old and backing is not None and backing.node.length > old:
+            # What the backing file has there must not show through.
+            zero_new = True
+        new_area = Tracked(min(old, length), max(old, length), True)
+        self.in_flight += 1
+        self._tracked.add(new_area)
+        self._serialising += 1
+        try:
+            await self._wait_for_overlapping(new_area)
+            await self.driver.truncate(length, exact, preallocation, zero_new)
+            self._write_generation += 1
+            self._set_length(self.driver.length())
+            self.refresh_limits()
+        finally:
+            self._tracked.discard(new_area)
+            self._serialising -= 1
+            if new_area.done is not None:
+                new_area.done.set_result(None)
+            self._request_done()
+
+    # --- block status ------------------------------------------------------------------------------------------------
+
+    async def block_status(self, offset: int, length: int, want_zero: bool = True) -> Extent:
+        """Where the bytes of a prefix of the range are, in this layer only."""
+        self.in_flight += 1
+        try:
+            return await status.block_status(self, offset, length, want_zero)
+        finally:
+            self._request_done()
+
+    async def block_status_above(
+        self, base: Node | None, offset: int, length: int, want_zero: bool = True
+    ) -> tuple[Extent, int]:
+        """The same through the backing chain, down to but without `base`; and the depth of the layer that decided
+        (1: this node; 0: none)."""
+        self.in_flight += 1
+        try:
+            return await status.block_status_above(self, base, offset, length, want_zero)
+        finally:
+            self._request_done()
+
+    # --- requests in flight ------------------------------------------------------------------------------------------
+
+    def _request_done(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight and self._idle_waiters:
+            waiters, self._idle_waiters = self._idle_waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+
+    async def wait_idle(self) -> None:
+        """Wait until no request is in flight here."""
+        while self.in_flight:
+            waiter = asyncio.get_running_loop().create_future()
+            self._idle_waiters.append(waiter)
+            await waiter
+
+    # --- permissions -------------------------------------------------------------------------------------------------
+
+    def refresh_perms(self) -> None:
+        """Work out again the permissions on and below this node. Raises Error and changes nothing on a conflict."""
+        graph_perms.refresh([self])
+
+    def below(self) -> Node | None:
+        """The next layer: what a filter filters, or the backing file."""
+        driver = self.driver
+        if driver.is_filter:
+            return driver.file.node if driver.file is not None else None
+        return driver.backing.node if driver.backing is not None else None
