@@ -1,0 +1,449 @@
+"""Dirty bitmaps: which parts of a node have been written since a point in time.
+
+The bits live in chunks that exist only where something was marked; a chunk that is dirty throughout is one shared
+object. A disk of any size costs nothing while it is clean, and at most one bit per granule. `mark` is on the way of
+every write: for a granule that is dirty already it is one look-up.
+
+Offsets, lengths and granularities are bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+from pyqsd.qapi.errors import Error
+
+#: Granules per chunk are ``1 << _CHUNK_SHIFT`` (at least), so a chunk has 4 KiB.
+_CHUNK_SHIFT = 15
+#: A bitmap has at most ``1 << _MAX_CHUNKS_SHIFT`` chunks; larger disks get larger chunks.
+_MAX_CHUNKS_SHIFT = 20
+_BIT = (1, 2, 4, 8, 16, 32, 64, 128)
+
+MAX_NAME = 1023
+MIN_GRANULARITY = 512
+_DEFAULT_GRANULARITY = 65536
+
+
+def default_granularity(cluster_size: int) -> int:
+    """The granularity of a bitmap whose user names none: the image's cluster size (0: none), between 4 and 64 KiB."""
+    if cluster_size <= 0:
+        return _DEFAULT_GRANULARITY
+    return min(max(cluster_size, 4096), _DEFAULT_GRANULARITY)
+
+
+class DirtyBitmap:
+    """One bitmap of a node.
+
+    Arguments:
+        name: unique within the node; "" for an anonymous one, which no command can address.
+        size: length of the node in bytes.
+        granularity: bytes per bit, a power of two.
+        persistent: it is to be stored in the image when the node is closed or inactivated.
+        enabled: writes are recorded.
+
+    Further state: `busy` (an export or a job uses it; nobody else may), `readonly` (it cannot be changed because the
+    image cannot), `inconsistent` (the image holds a version that was never finished; it can only be removed).
+    """
+
+    __slots__ = (
+        "_chunk_bytes",
+        "_chunk_shift",
+        "_chunks",
+        "_full",
+        "_mask",
+        "_nbits",
+        "_shift",
+        "busy",
+        "enabled",
+        "granularity",
+        "inconsistent",
+        "name",
+        "persistent",
+        "readonly",
+        "size",
+    )
+
+    def __init__(
+        self, name: str, size: int, granularity: int, *, persistent: bool = False, enabled: bool = True
+    ) -> None:
+        if granularity < 1 or granularity & (granularity - 1):
+            raise ValueError("the granularity of a bitmap is a power of two")
+        self.name = name
+        self.granularity = granularity
+        self.persistent = persistent
+        self.enabled = enabled
+        self.busy = False
+        self.readonly = False
+        self.inconsistent = False
+        self._shift = granularity.bit_length() - 1
+        self._lay_out(size)
+
+    def __repr__(self) -> str:
+        return f"<DirtyBitmap {self.name!r} size={self.size} granularity={self.granularity} count={self.count}>"
+
+    def _lay_out(self, size: int) -> None:
+        self.size = size
+        self._nbits = (size + self.granularity - 1) >> self._shift
+        self._chunk_shift = max(_CHUNK_SHIFT, self._nbits.bit_length() - _MAX_CHUNKS_SHIFT)
+        self._mask = (1 << self._chunk_shift) - 1
+        self._chunk_bytes = 1 << (self._chunk_shift - 3)
+        #: What every chunk that is dirty throughout is.
+        self._full = b"\xff" * self._chunk_bytes
+        self._chunks: dict[int, bytes | bytearray] = {}
+
+    # --- what may be done with it -------------------------------------------------------------------------------
+
+    def check(self, *, allow_readonly: bool = False, allow_inconsistent: bool = False) -> None:
+        """Raise Error if a command may not use the bitmap now."""
+        if self.busy:
+            raise Error(f"Bitmap '{self.name}' is currently in use by another operation and cannot be used")
+        if self.readonly and not allow_readonly:
+            raise Error(f"Bitmap '{self.name}' is readonly and cannot be modified")
+        if self.inconsistent and not allow_inconsistent:
+            raise Error(
+                f"Bitmap '{self.name}' is inconsistent and cannot be used",
+                hint="Try block-dirty-bitmap-remove to delete this bitmap from disk",
+            )
+
+    # --- changing -------------------------------------------------------------------------------------------------
+
+    def mark(self, offset: int, length: int) -> None:
+        """Mark what ``[offset, offset + length)`` touches as dirty."""
+        if not length:
+            return
+        first = offset >> self._shift
+        last = (offset + length - 1) >> self._shift
+        if first == last:
+            chunk = self._chunks.get(first >> self._chunk_shift)
+            if chunk is not None and chunk[(first & self._mask) >> 3] & _BIT[first & 7]:
+                return
+        self._set(first, last + 1)
+
+    def clear(self, offset: int = 0, length: int | None = None) -> None:
+        """Mark as clean every granule that ``[offset, offset + length)`` touches (everything by default)."""
+        if length is None:
+            if offset == 0:
+                self._chunks.clear()
+                return
+            length = self.size - offset
+        if length > 0:
+            self._reset(offset >> self._shift, ((offset + length - 1) >> self._shift) + 1)
+
+    def _set(self, first: int, end: int) -> None:
+        end = min(end, self._nbits)
+        shift, chunks, full = self._chunk_shift, self._chunks, self._full
+        whole = 1 << shift
+        while first < end:
+            number = first >> shift
+            base = number << shift
+            low, high = first - base, min(end - base, whole)
+            if low == 0 and high == whole:
+                chunks[number] = full
+            else:
+                chunk = chunks.get(number)
+                if chunk is None:
+                    chunk = chunks[number] = bytearray(self._chunk_bytes)
+                if chunk is not full:
+                    assert isinstance(chunk, bytearray)
+                    _fill(chunk, low, high)
+                    if chunk == full:
+                        chunks[number] = full
+            first = base + whole
+
+    def _reset(self, first: int, end: int) -> None:
+        end = min(end, self._nbits)
+        shift, chunks = self._chunk_shift, self._chunks
+        whole = 1 << shift
+        while first < end:
+            number = first >> shift
+            base = number << shift
+            low, high = first - base, min(end - base, whole)
+            chunk = chunks.get(number)
+            if chunk is None:
+                following = self._next_chunk(number + 1)
+                if following is None:
+                    return
+                first = following << shift
+                continue
+            # Bits beyond the end of the bitmap are never set, so its last chunk may go as a whole too.
+            if low == 0 and (high == whole or base + high == self._nbits):
+                del chunks[number]
+            else:
+                if not isinstance(chunk, bytearray):
+                    chunk = chunks[number] = bytearray(chunk)
+                _wipe(chunk, low, high)
+                if not chunk.strip(b"\0"):
+                    del chunks[number]
+            first = base + whole
+
+    def truncate(self, size: int) -> None:
+        """The node has `size` bytes now: what is beyond is forgotten, what is added is clean."""
+        if size == self.size:
+            return
+        if size < self.size:
+            self._reset((size + self.granularity - 1) >> self._shift, self._nbits)
+        old, full, shift = self._chunks, self._full, self._chunk_shift
+        self._lay_out(size)
+        if self._chunk_shift == shift:
+            self._chunks, self._full = old, full
+            return
+        for first, end in _areas(old, shift):
+            self._set(first, end)
+
+    def merge(self, other: DirtyBitmap) -> None:
+        """Mark everything that is dirty in `other`. Raises Error when the sizes differ."""
+        if _rounded(self.size) != _rounded(other.size):
+            raise Error(
+                f"Bitmaps are of different sizes (destination size is {_rounded(self.size)}, source size is "
+                f"{_rounded(other.size)}) and can't be merged"
+            )
+        if other is self:
+            return
+        if self._shift != other._shift:
+            for start, length in other.areas():
+                self.mark(start, length)
+            return
+        for number, theirs in other._chunks.items():
+            ours = self._chunks.get(number)
+            if theirs is other._full:
+                self._chunks[number] = self._full
+            elif ours is None:
+                self._chunks[number] = bytearray(theirs)
+            elif ours is not self._full:
+                united = int.from_bytes(ours, "little") | int.from_bytes(theirs, "little")
+                self._chunks[number] = bytearray(united.to_bytes(self._chunk_bytes, "little"))
+
+    # --- asking -----------------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Dirty bytes, whole granules counted (also the last one, which may reach beyond the node)."""
+        bits = 0
+        for chunk in self._chunks.values():
+            if chunk is self._full:
+                bits += 1 << self._chunk_shift
+            else:
+                bits += int.from_bytes(chunk, "little").bit_count()
+        return bits << self._shift
+
+    def is_dirty(self, offset: int) -> bool:
+        """Whether the byte at `offset` belongs to a dirty granule."""
+        bit = offset >> self._shift
+        chunk = self._chunks.get(bit >> self._chunk_shift)
+        return chunk is not None and bool(chunk[(bit & self._mask) >> 3] & _BIT[bit & 7])
+
+    def next_dirty(self, offset: int, end: int | None = None) -> int | None:
+        """The first dirty byte in ``[offset, end)``, or None."""
+        end = self.size if end is None else min(end, self.size)
+        if offset >= end:
+            return None
+        bit = self._next_set(offset >> self._shift, ((end - 1) >> self._shift) + 1)
+        return None if bit is None else max(bit << self._shift, offset)
+
+    def next_zero(self, offset: int, end: int | None = None) -> int | None:
+        """The first clean byte in ``[offset, end)``, or None."""
+        end = self.size if end is None else min(end, self.size)
+        if offset >= end:
+            return None
+        bit = self._next_clear(offset >> self._shift, ((end - 1) >> self._shift) + 1)
+        return None if bit is None else max(bit << self._shift, offset)
+
+    def next_dirty_area(
+        self, offset: int, end: int | None = None, max_length: int | None = None
+    ) -> tuple[int, int] | None:
+        """``(start, length)`` of the first dirty area in ``[offset, end)``, cut to that range and to `max_length`."""
+        end = self.size if end is None else min(end, self.size)
+        start = self.next_dirty(offset, end)
+        if start is None:
+            return None
+        if max_length is not None:
+            end = min(end, start + max_length)
+        stop = self.next_zero(start, end)
+        return start, (end if stop is None else stop) - start
+
+    def areas(self, offset: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+        """All dirty areas as ``(start, length)``, ascending."""
+        while (area := self.next_dirty_area(offset, end)) is not None:
+            yield area
+            offset = area[0] + area[1]
+
+    def _next_chunk(self, number: int) -> int | None:
+        """The first chunk at or after `number` that exists."""
+        chunks = self._chunks
+        last = (self._nbits - 1) >> self._chunk_shift
+        if last - number < 2 * len(chunks):
+            while number <= last:
+                if number in chunks:
+                    return number
+                number += 1
+            return None
+        return min((existing for existing in chunks if existing >= number), default=None)
+
+    def _next_set(self, bit: int, end: int) -> int | None:
+        shift = self._chunk_shift
+        while bit < end:
+            number = bit >> shift
+            chunk = self._chunks.get(number)
+            if chunk is None:
+                following = self._next_chunk(number + 1)
+                if following is None:
+                    return None
+                bit = following << shift
+                continue
+            if chunk is self._full:
+                return bit
+            found = _find(chunk, bit & self._mask, 0)
+            if found >= 0:
+                bit = (number << shift) + found
+                return bit if bit < end else None
+            bit = (number + 1) << shift
+        return None
+
+    def _next_clear(self, bit: int, end: int) -> int | None:
+        shift = self._chunk_shift
+        while bit < end:
+            number = bit >> shift
+            chunk = self._chunks.get(number)
+            if chunk is None:
+                return bit
+            if chunk is not self._full:
+                found = _find(chunk, bit & self._mask, 0xFF)
+                if found >= 0:
+                    bit = (number << shift) + found
+                    return bit if bit < end else None
+            bit = (number + 1) << shift
+        return None
+
+    # --- as bytes -----------------------------------------------------------------------------------------------------
+
+    def serialize(self, offset: int, length: int) -> bytes:
+        """The bits of ``[offset, offset + length)``, lowest bit first (the qcow2 specification's order, "Bitmap data").
+        `offset` is a multiple of 8 granules."""
+        first = offset >> self._shift
+        if offset & (self.granularity * 8 - 1):
+            raise ValueError("not on a byte of the bitmap")
+        end = min((offset + length + self.granularity - 1) >> self._shift, self._nbits)
+        parts: list[bytes] = []
+        while first < end:
+            number = first >> self._chunk_shift
+            base = number << self._chunk_shift
+            low = (first - base) >> 3
+            high = min((end - base + 7) >> 3, self._chunk_bytes)
+            chunk = self._chunks.get(number)
+            parts.append(bytes(high - low) if chunk is None else bytes(chunk[low:high]))
+            first = base + (1 << self._chunk_shift)
+        data = b"".join(parts)
+        if end & 7 and data:
+            data = data[:-1] + bytes((data[-1] & ((1 << (end & 7)) - 1),))
+        return data
+
+    def deserialize(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Replace the bits from `offset` (a multiple of 8 granules) on by `data`; bits beyond the end are ignored."""
+        if offset & (self.granularity * 8 - 1):
+            raise ValueError("not on a byte of the bitmap")
+        first = offset >> self._shift
+        end = min(first + len(data) * 8, self._nbits)
+        self._reset(first, end)
+        at = 0
+        while first < end:
+            number = first >> self._chunk_shift
+            low = (first & self._mask) >> 3
+            n = min(self._chunk_bytes - low, (end - first + 7) >> 3)
+            piece = bytes(data[at : at + n])
+            beyond = (first + n * 8) - end
+            if beyond > 0:
+                piece = piece[:-1] + bytes((piece[-1] & (0xFF >> beyond),))
+            if piece.strip(b"\0"):
+                chunk = self._chunks.get(number)
+                if chunk is None:
+                    chunk = bytearray(self._chunk_bytes)
+                elif not isinstance(chunk, bytearray):
+                    chunk = bytearray(chunk)
+                chunk[low : low + n] = piece
+                self._chunks[number] = self._full if chunk == self._full else chunk
+            at += n
+            first += n * 8
+
+    def sha256(self) -> str:
+        """The digest of all bits in words of 64, in hexadecimal, as ``x-debug-block-dirty-bitmap-sha256`` has it."""
+        digest = hashlib.sha256()
+        left = max((self._nbits + 63) // 64, 1) * 8
+        clean = bytes(self._chunk_bytes)
+        number = 0
+        while left > 0:
+            n = min(left, self._chunk_bytes)
+            chunk = self._chunks.get(number, clean)
+            digest.update(chunk if n == self._chunk_bytes else chunk[:n])
+            left -= n
+            number += 1
+        return digest.hexdigest()
+
+
+def _rounded(size: int) -> int:
+    """Sizes are compared and shown in whole sectors."""
+    return -(-size // 512) * 512
+
+
+def _fill(chunk: bytearray, low: int, high: int) -> None:
+    """Set the bits ``[low, high)``."""
+    i, j = low >> 3, high >> 3
+    if i == j:
+        chunk[i] |= ((1 << (high - low)) - 1) << (low & 7)
+        return
+    if low & 7:
+        chunk[i] |= (0xFF << (low & 7)) & 0xFF
+        i += 1
+    chunk[i:j] = b"\xff" * (j - i)
+    if high & 7:
+        chunk[j] |= (1 << (high & 7)) - 1
+
+
+def _wipe(chunk: bytearray, low: int, high: int) -> None:
+    """Reset the bits ``[low, high)``."""
+    i, j = low >> 3, high >> 3
+    if i == j:
+        chunk[i] &= ~(((1 << (high - low)) - 1) << (low & 7))
+        return
+    if low & 7:
+        chunk[i] &= (1 << (low & 7)) - 1
+        i += 1
+    chunk[i:j] = bytes(j - i)
+    if high & 7:
+        chunk[j] &= (0xFF << (high & 7)) & 0xFF
+
+
+def _find(chunk: bytes | bytearray, bit: int, inverted: int) -> int:
+    """The first set bit (`inverted` 0) or clear bit (0xFF) at or after `bit`, or -1."""
+    i = bit >> 3
+    byte = (chunk[i] ^ inverted) >> (bit & 7)
+    if byte:
+        return bit + (byte & -byte).bit_length() - 1
+    i += 1
+    size = len(chunk)
+    window = 8
+    while i < size:
+        piece = chunk[i : i + window]
+        value = int.from_bytes(piece, "little")
+        if inverted:
+            value ^= (1 << (8 * len(piece))) - 1
+        if value:
+            return i * 8 + (value & -value).bit_length() - 1
+        i += window
+        # Near bits are the usual case; far ones are worth a longer look at once.
+        window = min(window * 4, 2048)
+    return -1
+
+
+def _areas(chunks: dict[int, bytes | bytearray], shift: int) -> Iterator[tuple[int, int]]:
+    """The runs of set bits in `chunks` of ``1 << shift`` bits each, as ``(first, end)``, ascending."""
+    for number in sorted(chunks):
+        chunk = chunks[number]
+        base, bit, whole = number << shift, 0, 1 << shift
+        while bit < whole:
+            first = _find(chunk, bit, 0)
+            if first < 0:
+                break
+            end = _find(chunk, first, 0xFF)
+            bit = whole if end < 0 else end
+            yield base + first, base + bit
