@@ -21,7 +21,3 @@ class Child:
         self.role = role
         self.perm = perm
         self.shared = shared
-
-    def parent_description(self) -> str:
-        """How messages call the parent: ``node 'x'``, ``an unnamed block device`` …"""
-        return self.parent.description()

@@ -96,6 +96,8 @@ class Driver:
     write_flags: ClassVar[int] = 0
     #: Request flags that `pwrite_zeroes` honours.
     zero_flags: ClassVar[int] = 0
+    #: Options (attribute names) that `reopen_prepare` lets change; any other change of an option is refused for it.
+    mutable_options: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, node: Node, options: Any) -> None:
         self.node = node

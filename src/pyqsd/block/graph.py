@@ -216,6 +216,12 @@ class Graph:
             for node in free:
                 await self.unref(node)
 
+    async def reopen(self, entries: list[BlockdevOptions]) -> None:
+        """``blockdev-reopen``; see `pyqsd.block.reopen`."""
+        from pyqsd.block.reopen import reopen
+
+        await reopen(self, entries)
+
     # --- draining ----------------------------------------------------------------------------------------------------
 
     @asynccontextmanager

@@ -77,10 +77,13 @@ def _check_conflicts(node: Node, new: dict[Child, Perms]) -> None:
             if missing:
                 raise Error(
                     f"Permission conflict on node '{node.name}': permissions '{perms.names(missing)}' are both "
-                    f"required by {a.parent_description()} (uses node '{node.name}' as '{a.name}' child) and unshared by "
-                    f"{b.parent_description()} (uses node '{node.name}' as '{b.name}' child).",
+                    f"required by {_user(a)} and unshared by {_user(b)}.",
                     errno.EPERM,
                 )
+
+
+def _user(edge: Child) -> str:
+    return f"{edge.parent.description()} (uses node '{edge.node.name}' as '{edge.name}' child)"
 
 
 def cumulative(node: Node, new: dict[Child, Perms] | None = None) -> Perms:
