@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pyqsd.block import dirty_bitmap
@@ -59,18 +59,22 @@ steps = st.lists(
         st.tuples(st.just("truncate"), st.tuples(st.integers(0, 20000), st.just(0))),
         st.tuples(st.just("clear all"), st.just((0, 0))),
     ),
+    min_size=5,
     max_size=30,
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(size=st.integers(0, 9000), shift=st.sampled_from([0, 3, 5]), steps=steps)
+@example(
+    size=0, shift=3, steps=[("truncate", (9000, 0)), ("mark", (0, 9000)), ("clear", (9, 8500)), ("next", (0, 9000))]
+)
 def test_against_a_set(size: int, shift: int, steps: list[tuple[str, tuple[int, int]]]) -> None:
     granularity = 1 << shift
     bitmap, model = DirtyBitmap("b", size, granularity), Model(size, granularity)
     for step, (a, b) in steps:
-        offset = min(a, model.size)
-        length = min(b, model.size - offset)
+        offset = a % (model.size + 1)
+        length = b % (model.size - offset + 1)
         if step == "mark":
             bitmap.mark(offset, length)
             model.dirty.update(model.touched(offset, length))
@@ -220,3 +224,15 @@ def test_granularity_is_a_power_of_two() -> None:
     for wrong in (0, 3, -4):
         with pytest.raises(ValueError):
             DirtyBitmap("b", 1, wrong)
+
+
+def test_long_ways_inside_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    for granule in [*range(1, 700), *range(700, 70000, 997), *range(32760, 32776)]:
+        bitmap, holed = DirtyBitmap("b", 1 << 26, 512), DirtyBitmap("c", 1 << 26, 512)
+        bitmap.mark(granule * 512, 512)
+        assert bitmap.next_dirty(0) == granule * 512
+        holed.mark(0, 1 << 26)
+        holed.clear(granule * 512, 512)
+        assert holed.next_zero(0) == granule * 512
+        assert holed.next_dirty_area(0) == (0, granule * 512)
