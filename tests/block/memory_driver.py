@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from pyqsd.block.driver import FUA, MAY_UNMAP, Driver, Limits
-from pyqsd.block.extents import ALLOCATED, DATA, Extent
+from pyqsd.block.driver import FUA, MAY_UNMAP, ROLE_COW, ROLE_IMAGE, Driver, Limits
+from pyqsd.block.extents import ALLOCATED, DATA, OFFSET_VALID, ZERO, Extent
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
-from pyqsd.block.options import BlockdevOptions
+from pyqsd.block.options import BlockdevOptions, BlockdevRef, BlockdevRefOrNull
 from pyqsd.qapi.command import EventBus
+from pyqsd.qapi.types import NULL
 
 
 class MemoryOptions(BlockdevOptions, tag="test-memory"):
@@ -105,17 +108,76 @@ class Aligned(Memory):
     align = 512
 
 
-async def open_memory(driver: type[Memory] = Memory, **members: object) -> tuple[Graph, Node, Memory]:
-    """A graph with one node ``mem`` of this driver, opened by the usual road."""
+class LayerOptions(BlockdevOptions, tag="test-layer", kw_only=True):
+    """A format with a main child and, if wanted, a backing file."""
+
+    file: BlockdevRef
+    backing: BlockdevRefOrNull | None = None
+
+
+class Layer(Driver):
+    """A format whose data is in ``file`` where `allocated` (4 KiB clusters) has it, and in the backing file elsewhere."""
+
+    name = "test-layer"
+    Options = LayerOptions
+    supports_backing = True
+
+    def __init__(self, node: Node, options: LayerOptions) -> None:
+        super().__init__(node, options)
+        self.allocated: set[int] = set()
+        self.zero: set[int] = set()
+        self.size = 1 << 16
+        self.closed = False
+
+    async def open(self) -> None:
+        await self.node.open_child("file", self.options.file, ROLE_IMAGE)
+        if self.options.backing not in (None, NULL):
+            await self.node.open_child("backing", self.options.backing, ROLE_COW)
+
+    async def close(self) -> None:
+        self.closed = True
+
+    def length(self) -> int:
+        return self.size
+
+    def map(self, offset: int, length: int) -> Extent | None:
+        cluster = offset // 4096
+        n = min(length, (cluster + 1) * 4096 - offset)
+        if cluster in self.zero:
+            return (n, ZERO | ALLOCATED, None, 0)
+        if cluster in self.allocated:
+            assert self.file is not None
+            return (n, DATA | ALLOCATED | OFFSET_VALID, self.file.node, offset)
+        return (n, 0, None, 0)
+
+    async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
+        assert self.file is not None
+        assert offset % 4096 == length % 4096 == 0
+        await self.file.node.pwritev(offset, length, iov)
+        self.allocated.update(range(offset // 4096, (offset + length) // 4096))
+
+    async def reopen_prepare(self, options: LayerOptions, read_only: bool) -> str:
+        return "prepared"
+
+
+@contextmanager
+def memory_drivers(memory: type[Memory] = Memory) -> Iterator[None]:
+    """The drivers of this module can be opened by name."""
     from pyqsd.block import registry
 
-    graph = Graph(EventBus())
-    options = MemoryOptions(node_name="mem", **members)  # type: ignore[arg-type]
     original = registry.driver_class
-    registry.driver_class = lambda name: driver if name == "test-memory" else original(name)  # type: ignore[assignment]
+    ours = {"test-memory": memory, "test-layer": Layer}
+    registry.driver_class = lambda name: ours[name] if name in ours else original(name)  # type: ignore[assignment]
     try:
-        node = await graph.add(options)
+        yield
     finally:
         registry.driver_class = original
+
+
+async def open_memory(driver: type[Memory] = Memory, **members: object) -> tuple[Graph, Node, Memory]:
+    """A graph with one node ``mem`` of this driver, opened by the usual road."""
+    graph = Graph(EventBus())
+    with memory_drivers(driver):
+        node = await graph.add(MemoryOptions(node_name="mem", **members))  # type: ignore[arg-type]
     assert isinstance(node.driver, Memory)
     return graph, node, node.driver
