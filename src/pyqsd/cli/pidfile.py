@@ -40,7 +40,7 @@ class Pidfile:
                 except OSError as exc:
                     number = errno.EAGAIN if exc.errno == errno.EACCES else exc.errno or errno.EIO
                     raise Error(f"Cannot lock pid file: {os.strerror(number)}", number) from None
-                # Another daemon may have removed the file between our open and our lock: then the lock is worth nothing.
+                # Another daemon may have removed the file between our open and our lock, which is then worth nothing.
                 try:
                     there = os.stat(path)
                 except FileNotFoundError:

@@ -6,7 +6,6 @@ import fnmatch
 import os
 import re
 
-from pyqsd.qapi.errors import Error
 from pyqsd.trace import EVENTS, events, log_to, report
 
 assert events
@@ -42,12 +41,8 @@ def enable_from_file(path: str) -> None:
 
 
 def set_file(path: str) -> None:
-    """Write the log to `path`, where ``%d`` stands for the process id. Raises Error."""
-    path = path.replace("%d", str(os.getpid()))
-    try:
-        log_to(path)
-    except OSError as exc:
-        raise Error(f"Error opening logfile {path}: {exc.strerror}", exc.errno or 0) from None
+    """Write the log to `path`, where ``%d`` stands for the process id. Raises OSError."""
+    log_to(path.replace("%d", str(os.getpid())))
 
 
 def listing() -> str:

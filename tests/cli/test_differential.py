@@ -1,0 +1,108 @@
+"""The same command lines to the real qemu-storage-daemon and to pyqsd: same stderr after the program's name, same exit
+status."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command_lines import OBJECTS, RIGHT, SENTINEL, WRONG
+from tests.support import images, peers
+
+TIMEOUT = 30.0
+
+#: Lists whose length says how far pyqsd has come: ours has to be part of theirs.
+LISTS = (["-T", "help"], ["--chardev", "help"], ["--chardev", "?"])
+
+
+class Outcome:
+    """What a command line led to, with what has to differ taken out."""
+
+    def __init__(self, status: object, stdout: str, stderr: str, program: str) -> None:
+        self.status = status
+        self.stdout = stdout
+        # getopt's own messages start with the path of the program, all others with its name.
+        self.stderr = re.sub(rf"(?m)^(\S*/)?{program}:", "PROGRAM:", stderr)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Outcome) and vars(self) == vars(other)
+
+    def __repr__(self) -> str:
+        return f"status {self.status}\nstdout: {self.stdout}\nstderr: {self.stderr}"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("template")
+    images.create(directory / "raw.img", 1 << 20, "raw")
+    images.create(directory / "disk.qcow2", 1 << 20, "qcow2")
+    (directory / "events").write_text("blk_root_attach\n# a comment\n\nnosuch_event\n-blk_root_attach\n  nbd_*\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def fork_server() -> Iterator[subprocess.Popen[str]]:
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.cli.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with server:
+        yield server
+
+
+def run_ours(server: subprocess.Popen[str], argv: Sequence[str], cwd: Path) -> Outcome:
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps({"argv": list(argv), "cwd": str(cwd)}) + "\n")
+    server.stdin.flush()
+    answer = json.loads(server.stdout.readline())
+    return Outcome(answer["status"], answer["stdout"], answer["stderr"], "pyqsd")
+
+
+def run_theirs(argv: Sequence[str], cwd: Path) -> Outcome:
+    done = subprocess.run(
+        [peers.require("qemu-storage-daemon"), *argv],
+        cwd=cwd,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=TIMEOUT,
+        check=False,
+        encoding="utf-8",
+        errors="replace",
+    )
+    return Outcome(done.returncode, done.stdout, done.stderr, "qemu-storage-daemon")
+
+
+def both(server: subprocess.Popen[str], argv: Sequence[str], template: Path, tmp_path: Path) -> tuple[Outcome, Outcome]:
+    shutil.copytree(template, tmp_path / "theirs")
+    shutil.copytree(template, tmp_path / "ours")
+    return run_theirs(argv, tmp_path / "theirs"), run_ours(server, argv, tmp_path / "ours")
+
+
+def name(argv: list[str]) -> str:
+    return " ".join(argv)[:100] or "nothing"
+
+
+@pytest.mark.parametrize("argv", WRONG + OBJECTS, ids=name)
+def test_wrong(argv: list[str], fork_server: subprocess.Popen[str], template: Path, tmp_path: Path) -> None:
+    theirs, ours = both(fork_server, argv, template, tmp_path)
+    if argv in LISTS:
+        assert ours.stdout.strip()
+        assert set(ours.stdout.splitlines()) <= set(theirs.stdout.splitlines())
+        ours.stdout = theirs.stdout
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("argv", RIGHT, ids=name)
+def test_right(argv: list[str], fork_server: subprocess.Popen[str], template: Path, tmp_path: Path) -> None:
+    theirs, ours = both(fork_server, argv + SENTINEL, template, tmp_path)
+    assert theirs.status == 1 and "does not accept value 'nosuch-sentinel'" in theirs.stderr
+    assert ours == theirs
+    # What stays behind is a daemon's own business only where it ends in order: no sockets, no process ID file.
+    for left in ("n.sock", "q.sock", "p", "q"):
+        assert not (tmp_path / "ours" / left).exists()
