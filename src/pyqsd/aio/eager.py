@@ -40,7 +40,9 @@ class _Suspended(Coroutine[Any, Any, T]):
         raise TypeError("a suspended request belongs to its task")
 
 
-def start(coro: Coroutine[Any, Any, T], done: Callable[[T | None, BaseException | None], None]) -> asyncio.Task[T] | None:
+def start(
+    coro: Coroutine[Any, Any, T], done: Callable[[T | None, BaseException | None], None]
+) -> asyncio.Task[T] | None:
     """Run `coro` now. If it finishes at once, call ``done(result, None)`` or ``done(None, exception)`` before returning
     None; otherwise return the task that it has become, which calls `done` when it ends (the owner keeps and cancels it).
     """

@@ -1,0 +1,56 @@
+"""``file``: an image in a regular file of this host."""
+
+from __future__ import annotations
+
+import stat
+from typing import Annotated
+
+from pyqsd.block.info import BlockStatsSpecific
+from pyqsd.block.options import BlockdevOptions
+from pyqsd.drivers.protocols._options import BlockdevAioOptions, OnOffAuto
+from pyqsd.drivers.protocols._posix import PosixDriver
+from pyqsd.qapi.errors import Error
+from pyqsd.qapi.types import Features, Int64, Uint64
+
+
+class Options(BlockdevOptions, kw_only=True, tag="file"):
+    """QAPI ``BlockdevOptionsFile``."""
+
+    __features__ = ("dynamic-auto-read-only",)
+
+    filename: str
+    pr_manager: str | None = None
+    locking: OnOffAuto | None = None
+    aio: BlockdevAioOptions | None = None
+    aio_max_batch: Int64 | None = None
+    drop_cache: bool | None = None
+    x_check_cache_dropped: Annotated[bool | None, Features("unstable")] = None
+
+
+class BlockStatsSpecificFile(BlockStatsSpecific, tag="file"):
+    """How many discards succeeded and failed, and how many bytes were discarded."""
+
+    discard_nb_ok: Uint64
+    discard_nb_failed: Uint64
+    discard_bytes_ok: Uint64
+
+
+class File(PosixDriver):
+    """A regular file. See docs/drivers/file.md."""
+
+    name = "file"
+    Options = Options
+
+    def _check_kind(self, mode: int) -> None:
+        if not stat.S_ISREG(mode):
+            raise Error(f"'{self.name}' driver requires '{self.options.filename}' to be a regular file")
+
+    def driver_specific_stats(self) -> BlockStatsSpecificFile:
+        return BlockStatsSpecificFile(
+            discard_nb_ok=self.discard_ok,
+            discard_nb_failed=self.discard_failed,
+            discard_bytes_ok=self.discard_bytes,
+        )
+
+
+DRIVER = File
