@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import StrEnum
+from typing import Annotated
 
 from pyqsd.block import registry
-from pyqsd.qapi.types import Null, Struct
+from pyqsd.qapi.types import Alternate, Null, Struct
 
 
 class BlockdevDiscardOptions(StrEnum):
@@ -56,6 +57,6 @@ class BlockdevOptions(Struct, tag_field="driver", tag="pyqsd-base"):
 
 
 #: A new node in line, or the name of an existing one.
-BlockdevRef = str | BlockdevOptions
+BlockdevRef = Annotated[str | BlockdevOptions, Alternate("BlockdevRef")]
 #: The same, or null for "no such child".
-BlockdevRefOrNull = str | BlockdevOptions | Null
+BlockdevRefOrNull = Annotated[str | BlockdevOptions | Null, Alternate("BlockdevRefOrNull")]

@@ -6,7 +6,7 @@ QAPI                Python
 struct              ``class X(Struct)``; ``_`` in a member's name is ``-`` on the wire unless ``field(name=…)``
 optional member     ``member: T | None = None`` (absent), or ``member: T = default`` for inputs with a default
 union               ``class U(Struct, tag_field="driver", tag="…")`` with a branch per subclass: ``tag="qcow2"``
-alternate           ``str | BlockdevOptions``, ``str | Null`` …: told apart by their JSON type
+alternate           ``Annotated[str | BlockdevOptions, Alternate("BlockdevRef")]``: told apart by their JSON type
 enum                ``class E(StrEnum)``
 list                ``list[T]``
 int8 … uint64, size the aliases below (``size`` also takes ``64k``, ``1G`` when it comes as key=value text)
@@ -38,6 +38,15 @@ class IntRange:
         self.minimum = minimum
         self.maximum = maximum
         self.suffixes = suffixes
+
+
+class Alternate:
+    """The name of an alternate, which QSD's messages spell: ``Annotated[str | Null, Alternate("StrOrNull")]``."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 class Features:

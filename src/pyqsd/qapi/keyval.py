@@ -1,0 +1,162 @@
+"""QEMU's ``key=value,…`` syntax, as the command line takes it.
+
+``a.b=c`` nests, ``l.0=x,l.1=y`` makes a list, a doubled comma stands for one comma in a value, and the first parameter
+may be a value alone when the option has an implied key. Every leaf is a string; `pyqsd.qapi.convert` parses it in
+keyval mode. A value that starts with ``{`` is JSON instead.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pyqsd.qapi.errors import Error
+from pyqsd.qapi.json_stream import parse_text
+
+#: A fragment of a key (what is between dots) is shorter than this, in bytes.
+MAX_FRAGMENT = 127
+
+# A key starts with a name, which may have a downstream prefix with dots in it; further fragments may be list indices.
+_NAME = r"(?:__[a-zA-Z0-9.-]*_)?[a-zA-Z][a-zA-Z0-9_-]*"
+_FRAGMENT = re.compile(rf"({_NAME})|([0-9]+)")
+
+
+class HelpRequested(Exception):
+    """The text has ``help`` or ``?`` as a parameter; `options` is what else it says."""
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__("help")
+        self.options = options
+
+
+def parse_option(text: str, implied_key: str | None, *, allow_help: bool = False) -> tuple[dict[str, Any], bool]:
+    """The options in `text` and whether they are keyval (rather than JSON). Raises Error, and HelpRequested if
+    `allow_help`."""
+    if text.startswith("{"):
+        value = parse_text(text)
+        assert isinstance(value, dict)
+        return value, False
+    return parse_keyval(text, implied_key, allow_help=allow_help), True
+
+
+def parse_keyval(text: str, implied_key: str | None, *, allow_help: bool = False) -> dict[str, Any]:
+    """Parse ``key=value,…``. Raises Error; HelpRequested if `allow_help` and help is asked for."""
+    root: dict[str, Any] = {}
+    wants_help = False
+    position = 0
+    implied = implied_key
+    while position < len(text):
+        stop = position
+        while stop < len(text) and text[stop] not in "=,":
+            stop += 1
+        key = text[position:stop]
+        if stop < len(text) and text[stop] == "=":
+            _check_key(key)
+            position = stop + 1
+        elif implied is not None and key and not _is_help(key):
+            # The first parameter is the value of the implied key; there is no way to have a comma in it.
+            _put(root, implied, key)
+            position = stop + 1
+            implied = None
+            continue
+        elif _is_help(key):
+            wants_help = True
+            position = stop + 1
+            implied = None
+            continue
+        else:
+            _check_key(key)
+            raise Error(f"Expected '=' after parameter '{key}'")
+        implied = None
+        value, position = _value(text, position)
+        _put(root, key, value)
+    if wants_help and not allow_help:
+        raise Error("Help is not available for this option")
+    options: dict[str, Any] = _listify(root, "")
+    if wants_help:
+        raise HelpRequested(options)
+    return options
+
+
+def _is_help(text: str) -> bool:
+    return text in ("help", "?")
+
+
+def _value(text: str, position: int) -> tuple[str, int]:
+    """The value at `position` and the position after the comma that ends it."""
+    parts: list[str] = []
+    while True:
+        stop = text.find(",", position)
+        if stop < 0:
+            parts.append(text[position:])
+            return "".join(parts), len(text)
+        if not text.startswith(",,", stop):
+            parts.append(text[position:stop])
+            return "".join(parts), stop + 1
+        parts.append(text[position : stop + 1])
+        position = stop + 2
+
+
+def _check_key(key: str) -> None:
+    position = 0
+    while True:
+        match = _FRAGMENT.match(key, position)
+        if match is None or (match[2] is not None and position == 0):
+            raise Error(f"Invalid parameter '{key}'")
+        end = match.end()
+        if end < len(key) and key[end] != ".":
+            raise Error(f"Invalid parameter '{key}'")
+        if end - position > MAX_FRAGMENT:
+            what = "fragment " if match[0] != key else ""
+            raise Error(f"Parameter {what}'{match[0]}' is too long")
+        if end == len(key):
+            return
+        position = end + 1
+
+
+def _fragments(key: str) -> list[str]:
+    """The parts of a dotted key that has been checked."""
+    fragments: list[str] = []
+    position = 0
+    while position <= len(key):
+        match = _FRAGMENT.match(key, position)
+        assert match is not None
+        fragments.append(match[0])
+        position = match.end() + 1
+    return fragments
+
+
+def _put(root: dict[str, Any], key: str, value: str) -> None:
+    fragments = _fragments(key)
+    place = root
+    path = ""
+    for fragment in fragments[:-1]:
+        path += fragment
+        inner = place.setdefault(fragment, {})
+        if not isinstance(inner, dict):
+            raise Error(f"Parameters '{path}.*' used inconsistently")
+        place = inner
+        path += "."
+    last = fragments[-1]
+    if isinstance(place.get(last), dict):
+        raise Error(f"Parameters '{path}{last}.*' used inconsistently")
+    place[last] = value
+
+
+def _listify(value: dict[str, Any], path: str) -> Any:
+    """Turn dictionaries whose keys are all indices into lists, from the inside out."""
+    indices = 0
+    for key, inner in value.items():
+        if key[0].isdigit():
+            indices += 1
+        if isinstance(inner, dict):
+            value[key] = _listify(inner, f"{path}{key}.")
+    if not indices:
+        return value
+    if indices < len(value):
+        raise Error(f"Parameters '{path}*' used inconsistently")
+    elements = {int(key): inner for key, inner in value.items()}
+    for index in range(len(elements)):
+        if index not in elements:
+            raise Error(f"Parameter '{path}{index}' missing")
+    return [elements[index] for index in range(len(elements))]
