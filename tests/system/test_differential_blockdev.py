@@ -26,11 +26,11 @@ def qcow2(name: str, filename: str, **more: Any) -> dict[str, Any]:
     return add(driver="qcow2", node_name=name, file=file(filename), **more)
 
 
-def null(name: str, **more: Any) -> dict[str, Any]:
+def null(name: str, /, **more: Any) -> dict[str, Any]:
     return add(driver="null-co", node_name=name, **more)
 
 
-def export(name: str, node: str, **more: Any) -> dict[str, Any]:
+def export(name: str, node: str, /, **more: Any) -> dict[str, Any]:
     return cmd("block-export-add", type="nbd", id=name, node_name=node, **more)
 
 
@@ -102,6 +102,7 @@ SESSIONS = [
             add(driver="file", node_name="a", filename="raw.img", x_check_cache_dropped="a"),
             add(driver="file", node_name="a", filename="raw.img", drop_cache="a"),
             add(driver="file", node_name="a", filename="raw.img", aio_max_batch=-1),
+            delete("a"),
             add(driver="host_device", node_name="a", filename="raw.img"),
             add(driver="host_device", node_name="a", filename="/dev/nosuch"),
             add(driver="host_cdrom", node_name="a", filename="raw.img"),
@@ -197,7 +198,6 @@ SESSIONS = [
             null("d", size=1 << 40, read_zeroes=True),
             null("e", latency_ns=1000),
             null("f", latency_ns=-1),
-            null("f", size=-1),
             null("f", size="big"),
             null("f", read_zeroes="on"),
             null("f", nosuch=1),
@@ -240,6 +240,7 @@ SESSIONS = [
             NODES,
             delete("a"),
             add(driver="raw", node_name="a", read_only=False, file=file("raw.img", read_only=True)),
+            delete("a"),
             add(driver="raw", node_name="a", read_only=False, auto_read_only=True, file=file("raw.img", read_only=True)),
             NODES,
         ],
@@ -292,8 +293,8 @@ SESSIONS = [
             qcow2("a", "nosuch.qcow2"),
             qcow2("a", "plain.qcow2", nosuch=1),
             qcow2("a", "plain.qcow2", lazy_refcounts=True),
-            qcow2("a", "v2.qcow2", lazy_refcounts=True),
             delete("a"),
+            qcow2("a", "v2.qcow2", lazy_refcounts=True),
             qcow2("a", "plain.qcow2", overlap_check="nosuch"),
             qcow2("a", "plain.qcow2", overlap_check={"template": "nosuch"}),
             qcow2("a", "plain.qcow2", overlap_check={"main-header": False}),
@@ -527,7 +528,6 @@ SESSIONS = [
         [
             raw("r"),
             cmd("blockdev-reopen"),
-            cmd("blockdev-reopen", options=[]),
             cmd("blockdev-reopen", options=[{}]),
             cmd("blockdev-reopen", options=[{"driver": "raw", "file": file("raw.img")}]),
             cmd("blockdev-reopen", options=[{"driver": "raw", "node-name": "nosuch", "file": "x"}]),
