@@ -116,7 +116,7 @@ class LayerOptions(BlockdevOptions, tag="test-layer", kw_only=True):
 
 
 class Layer(Driver):
-    """A format whose data is in ``file`` where `allocated` (4 KiB clusters) has it, and in the backing file elsewhere."""
+    """A format: data is in ``file`` where `allocated` (4 KiB clusters) has it, and in the backing file elsewhere."""
 
     name = "test-layer"
     Options = LayerOptions

@@ -123,7 +123,7 @@ def test_read_only_node_refuses_writers() -> None:
     async def test(graph: Graph) -> None:
         node = await graph.add(MemoryOptions(node_name="mem", read_only=True))
         user = BlockBackend(graph, "an unnamed block device", perms.WRITE, perms.ALL)
-        with pytest.raises(Error, match="^Block node is read-only$"):
+        with pytest.raises(Error, match=r"^Block node is read-only$"):
             user.insert(node)
         assert await refused(graph.add(LayerOptions(node_name="top", file="mem"))) == "Block node is read-only"
 
