@@ -8,6 +8,7 @@ from pyqsd import __version__
 from pyqsd.monitor.dispatcher import Dispatcher
 from pyqsd.monitor.session import Session
 from pyqsd.qapi.command import command
+from pyqsd.qapi.introspect import SchemaInfo
 from pyqsd.qapi.types import Struct
 
 
@@ -66,6 +67,12 @@ async def query_version() -> VersionInfo:
 async def query_commands(dispatcher: Dispatcher, /) -> list[CommandInfo]:
     """The names of all commands."""
     return [CommandInfo(name=name) for name in dispatcher.commands]
+
+
+@command("query-qmp-schema")
+async def query_qmp_schema(dispatcher: Dispatcher, /) -> list[SchemaInfo]:
+    """All commands, events and types."""
+    return dispatcher.schema()
 
 
 @command("quit")

@@ -17,6 +17,7 @@ from pyqsd.aio.eager import start
 from pyqsd.qapi.command import COMMANDS, Command
 from pyqsd.qapi.convert import convert_arguments, service_types
 from pyqsd.qapi.errors import CommandNotFound, Error, strerror
+from pyqsd.qapi.introspect import SchemaInfo, query_qmp_schema
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ class Dispatcher:
         self._serving = False
         self._scheduled = False
         self._task: asyncio.Task[Any] | None = None
+        self._schema: list[SchemaInfo] | None = None
 
     def find(self, name: str) -> Command:
         """The command `name`. Raises CommandNotFound."""
@@ -89,6 +91,12 @@ class Dispatcher:
             service = extra.get(typ) if extra is not None else None
             services.append(service if service is not None else self.services[typ])
         return await command.func(*services, **keywords)
+
+    def schema(self) -> list[SchemaInfo]:
+        """What ``query-qmp-schema`` tells."""
+        if self._schema is None:
+            self._schema = query_qmp_schema(self.commands)
+        return self._schema
 
     async def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
         """Run a command for the program itself, in turn with those of the monitors; the result is as the command

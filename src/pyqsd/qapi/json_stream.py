@@ -1,8 +1,8 @@
 """JSON as QMP takes it: values arrive in pieces of any size, one after the other, with nothing needed between them.
 
 The grammar is RFC 8259 with single-quoted strings. A mistake is reported once, in QSD's words, and the stream goes on:
-what follows the mistake is skipped up to a structural character, a control character (line ends are such) or a byte 0xFE
-or 0xFF, which no valid text has, so that a client can bring the stream to a known state (qmp-spec, "Recovering from
+what follows the mistake is skipped up to a structural character, a control character (line ends are such) or a byte
+0xFE or 0xFF, which no valid text has, so that a client can bring the stream to a known state (qmp-spec, "Recovering from
 errors"). Memory is bounded by `MAX_SIZE` and `MAX_TOKENS`.
 
 What clients really send, an object in a line of plain ASCII, takes a short road through the standard library's scanner,
@@ -55,7 +55,8 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-_scan = json.scanner.make_scanner(json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_unusual))
+_context: Any = json.JSONDecoder(object_pairs_hook=_pairs, parse_constant=_unusual)
+_scan: Any = json.scanner.make_scanner(_context)
 _LONG_NUMBER = re.compile(rb"[0-9]{19}")
 _SHORT_ROAD_LIMIT = 1 << 20
 

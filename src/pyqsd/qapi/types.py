@@ -11,7 +11,8 @@ enum                ``class E(StrEnum)``
 list                ``list[T]``
 int8 … uint64, size the aliases below (``size`` also takes ``64k``, ``1G`` when it comes as key=value text)
 any                 ``Any``
-features            ``Annotated[T, Features("deprecated")]`` on members, ``__features__`` on classes and enums
+features            ``Annotated[T, Features("deprecated")]`` on members, ``__features__`` on classes and enums,
+                    ``__member_features__ = {"value": ("deprecated",)}`` in an enum for its values
 ==================  ==========================================================================================
 
 `pyqsd.qapi.convert` turns wire values into these, with QSD's messages; `pyqsd.qapi.introspect` describes them as

@@ -1,0 +1,26 @@
+"""The modules that declare commands and events."""
+
+from __future__ import annotations
+
+import importlib
+
+#: Importing these declares everything (`pyqsd.qapi.command.COMMANDS` and ``EVENTS``).
+MODULES = (
+    "pyqsd.block.commands",
+    "pyqsd.block.events",
+    "pyqsd.exports.commands",
+    "pyqsd.exports.nbd.commands",
+    "pyqsd.qom.commands",
+    "pyqsd.chardev.commands",
+    "pyqsd.monitor.commands",
+)
+
+
+def load() -> None:
+    """Import all of `MODULES`."""
+    for module in MODULES:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as exc:
+            if exc.name != module:
+                raise
