@@ -24,7 +24,7 @@ class MonitorMode(StrEnum):
     CONTROL = "control"
 
 
-class MonitorOptions(Struct):
+class MonitorOptions(Struct, kw_only=True):
     """``--monitor``. `mode`: only ``control``, which is QMP, exists here. `pretty`: JSON in many lines."""
 
     id: str | None = None

@@ -52,40 +52,40 @@ class JSONType(StrEnum):
     VALUE = "value"
 
 
-class SchemaInfo(Struct, tag_field="meta-type", tag="pyqsd-base"):
+class SchemaInfo(Struct, tag_field="meta-type", tag="pyqsd-base", kw_only=True):
     """A command, an event or a type."""
 
     name: str
     features: list[str] | None = None
 
 
-class SchemaInfoBuiltin(SchemaInfo, tag="builtin"):
+class SchemaInfoBuiltin(SchemaInfo, tag="builtin", kw_only=True):
     """A type of JSON's own."""
 
     json_type: JSONType
 
 
-class SchemaInfoEnumMember(Struct):
+class SchemaInfoEnumMember(Struct, kw_only=True):
     """A value of an enumeration."""
 
     name: str
     features: list[str] | None = None
 
 
-class SchemaInfoEnum(SchemaInfo, tag="enum"):
+class SchemaInfoEnum(SchemaInfo, tag="enum", kw_only=True):
     """An enumeration."""
 
     members: list[SchemaInfoEnumMember]
     values: list[str]
 
 
-class SchemaInfoArray(SchemaInfo, tag="array"):
+class SchemaInfoArray(SchemaInfo, tag="array", kw_only=True):
     """A list."""
 
     element_type: str
 
 
-class SchemaInfoObjectMember(Struct):
+class SchemaInfoObjectMember(Struct, kw_only=True):
     """A member of an object; an optional one has a default, which is always null (that is: not told)."""
 
     name: str
@@ -94,14 +94,14 @@ class SchemaInfoObjectMember(Struct):
     features: list[str] | None = None
 
 
-class SchemaInfoObjectVariant(Struct):
+class SchemaInfoObjectVariant(Struct, kw_only=True):
     """The further members of an object when its tag has the value `case`."""
 
     case: str
     type_: str = field(name="type")
 
 
-class SchemaInfoObject(SchemaInfo, tag="object"):
+class SchemaInfoObject(SchemaInfo, tag="object", kw_only=True):
     """A struct or a union."""
 
     members: list[SchemaInfoObjectMember]
@@ -109,19 +109,19 @@ class SchemaInfoObject(SchemaInfo, tag="object"):
     variants: list[SchemaInfoObjectVariant] | None = None
 
 
-class SchemaInfoAlternateMember(Struct):
+class SchemaInfoAlternateMember(Struct, kw_only=True):
     """One of the types of an alternate."""
 
     type_: str = field(name="type")
 
 
-class SchemaInfoAlternate(SchemaInfo, tag="alternate"):
+class SchemaInfoAlternate(SchemaInfo, tag="alternate", kw_only=True):
     """A value of one of several types, told apart by their JSON type."""
 
     members: list[SchemaInfoAlternateMember]
 
 
-class SchemaInfoCommand(SchemaInfo, tag="command"):
+class SchemaInfoCommand(SchemaInfo, tag="command", kw_only=True):
     """A command."""
 
     arg_type: str
@@ -129,7 +129,7 @@ class SchemaInfoCommand(SchemaInfo, tag="command"):
     allow_oob: bool | None = None
 
 
-class SchemaInfoEvent(SchemaInfo, tag="event"):
+class SchemaInfoEvent(SchemaInfo, tag="event", kw_only=True):
     """An event."""
 
     arg_type: str

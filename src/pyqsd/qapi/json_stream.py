@@ -2,8 +2,8 @@
 
 The grammar is RFC 8259 with single-quoted strings. A mistake is reported once, in QSD's words, and the stream goes on:
 what follows the mistake is skipped up to a structural character, a control character (line ends are such) or a byte
-0xFE or 0xFF, which no valid text has, so that a client can bring the stream to a known state (qmp-spec, "Recovering from
-errors"). Memory is bounded by `MAX_SIZE` and `MAX_TOKENS`.
+0xFE or 0xFF, which no valid text has, so that a client can bring the stream to a known state (qmp-spec, "Recovering
+from errors"). Memory is bounded by `MAX_SIZE` and `MAX_TOKENS`.
 
 What clients really send, an object in a line of plain ASCII, takes a short road through the standard library's scanner,
 which gives the same values.
