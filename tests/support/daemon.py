@@ -17,7 +17,7 @@ from typing import Any
 from tests.support import peers
 from tests.support.qmp import QmpClient
 
-START_TIMEOUT = 30.0
+START_TIMEOUT = 20.0
 STOP_TIMEOUT = 30.0
 
 # What must never be on a daemon's stderr, whatever was done to it.
@@ -246,9 +246,12 @@ def run_to_end(
     stdin: bytes = b"",
 ) -> subprocess.CompletedProcess[str]:
     """Runs a daemon whose command line makes it end by itself (help, version, a mistake)."""
-    done = subprocess.run(
-        argv_of(kind) + list(args), cwd=workdir, input=stdin, capture_output=True, timeout=timeout, check=False
-    )
+    try:
+        done = subprocess.run(
+            argv_of(kind) + list(args), cwd=workdir, input=stdin, capture_output=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired as expired:
+        raise AssertionError(f"{kind} {shlex.join(args)} does not end; stderr: {expired.stderr!r}") from None
     result = subprocess.CompletedProcess(
         done.args, done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
     )

@@ -16,7 +16,9 @@ def image_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("images")
 
     def qcow2(name: str, size: int = 4 * MiB, options: str = "", *commands: str, backing: str | None = None) -> None:
-        images.create(name, size, "qcow2", options, backing, "raw" if backing and backing.endswith(".img") else "qcow2", root)
+        images.create(
+            name, size, "qcow2", options, backing, "raw" if backing and backing.endswith(".img") else "qcow2", root
+        )
         if commands:
             images.io(name, *commands, cwd=root)
 

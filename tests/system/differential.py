@@ -213,13 +213,14 @@ def run_session(kind: str, session: Session, workdir: Path) -> list[tuple[str, A
         else:
             code = daemon.wait()
         record("exit status", code)
+        record("stderr", program_text(daemon.stderr).splitlines())
         daemon.check_stderr()
     return results
 
 
 def program_text(text: str) -> str:
     """Messages of a program, without its name."""
-    return re.sub(r"\b(qemu-storage-daemon|pyqsd)\b", "PROGRAM", text)
+    return re.sub(r"(?<!\S)(\S*/)?(qemu-storage-daemon|pyqsd)(?=[\s:]|$)", "PROGRAM", text)
 
 
 def pretty(value: Any) -> list[str]:
@@ -237,7 +238,9 @@ def subset_problem(step: Subset, theirs: Any, ours: Any) -> str | None:
     have = {entry[step.key]: entry for entry in theirs["return"]}
     mine = {entry[step.key]: entry for entry in ours["return"]}
     lines = [f"missing: {name}" for name in step.needs if name not in mine]
-    lines += [show(str(name), have[name], entry) for name, entry in mine.items() if name in have and have[name] != entry]
+    lines += [
+        show(str(name), have[name], entry) for name, entry in mine.items() if name in have and have[name] != entry
+    ]
     return f"--- step: {label_of(step)}\n" + "\n".join(lines) if lines else None
 
 
@@ -249,7 +252,8 @@ def check_session(session: Session, images: Path, tmp_path: Path) -> None:
         workdir.mkdir()
         if session.images:
             subprocess.run(
-                ["cp", "-a", "--sparse=auto", *(os.fspath(images / name) for name in session.images), workdir], check=True
+                ["cp", "-a", "--sparse=auto", *(os.fspath(images / name) for name in session.images), workdir],
+                check=True,
             )
         results[kind] = run_session(kind, session, workdir)
         if kind == "qsd":
@@ -278,8 +282,9 @@ def compare_results(session: Session, theirs: list[tuple[str, Any]], ours: list[
             problems.append(f"--- step: {label}\nno difference any more, remove it from KNOWN: {known}\n")
     labels = {label for label, _ in theirs}
     problems += [
-        f"--- KNOWN names a step that does not exist: {label}" for name, label in KNOWN if name == session.name
-        and label not in labels
+        f"--- KNOWN names a step that does not exist: {label}"
+        for name, label in KNOWN
+        if name == session.name and label not in labels
     ]
     if problems:
         pytest.fail(f"session {session.name}: {len(problems)} differences\n" + "\n".join(problems), pytrace=False)

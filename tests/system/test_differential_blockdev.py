@@ -241,7 +241,9 @@ SESSIONS = [
             delete("a"),
             add(driver="raw", node_name="a", read_only=False, file=file("raw.img", read_only=True)),
             delete("a"),
-            add(driver="raw", node_name="a", read_only=False, auto_read_only=True, file=file("raw.img", read_only=True)),
+            add(
+                driver="raw", node_name="a", read_only=False, auto_read_only=True, file=file("raw.img", read_only=True)
+            ),
             NODES,
         ],
         images=("raw.img",),
@@ -604,7 +606,9 @@ SESSIONS = [
             NODES,
             cmd("blockdev-reopen", options=[{"driver": "qcow2", "node-name": "mid", "file": "mf"}]),
             cmd("blockdev-reopen", options=[{"driver": "qcow2", "node-name": "mid", "file": "mf", "backing": "mid"}]),
-            cmd("blockdev-reopen", options=[{"driver": "qcow2", "node-name": "mid", "file": "mf", "backing": "nosuch"}]),
+            cmd(
+                "blockdev-reopen", options=[{"driver": "qcow2", "node-name": "mid", "file": "mf", "backing": "nosuch"}]
+            ),
             cmd(
                 "blockdev-reopen",
                 options=[{"driver": "qcow2", "node-name": "mid", "file": "mf", "backing": {"driver": "null-co"}}],

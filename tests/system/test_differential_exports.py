@@ -207,17 +207,16 @@ HANDSHAKE = [
     client("info trailing", lambda c: texted(c.option(nbd.OPT_INFO, c.info_request("q") + b"xx"))),
     client("info odd count", lambda c: texted(c.option(nbd.OPT_INFO, c.info_request("q")[:-2] + b"\0\5"))),
     client("info name too long", lambda c: texted(c.option(nbd.OPT_INFO, struct.pack(">I", 5000) + b"x" * 5000))),
-    client(
-        "info name length lies", lambda c: texted(c.option(nbd.OPT_INFO, struct.pack(">I", 0xFFFFFFFF) + b"q\0\0"))
-    ),
+    client("info name length lies", lambda c: texted(c.option(nbd.OPT_INFO, struct.pack(">I", 0xFFFFFFFF) + b"q\0\0"))),
     client("info after info", lambda c: [hexed(c.option(nbd.OPT_INFO, c.info_request("q"))) for _ in range(2)]),
     client("go", lambda c: hexed(c.option(nbd.OPT_GO, c.info_request("q", ALL_INFO)))),
     client("go read-only", lambda c: hexed(c.option(nbd.OPT_GO, c.info_request("ro", ALL_INFO)))),
     client("go no such export", lambda c: texted(c.option(nbd.OPT_GO, c.info_request("nosuch")))),
     client(
         "go after a failed go",
-        lambda c: texted(c.option(nbd.OPT_GO, c.info_request("nosuch")))
-        + hexed(c.option(nbd.OPT_GO, c.info_request("q"))),
+        lambda c: (
+            texted(c.option(nbd.OPT_GO, c.info_request("nosuch"))) + hexed(c.option(nbd.OPT_GO, c.info_request("q")))
+        ),
     ),
     client("export name", lambda c: [c.export_name("q"), c.size, c.flags, c.pread(0, 4).hex()]),
     client("export name unknown", lambda c: [c.send_option(nbd.OPT_EXPORT_NAME, b"nosuch"), c.wait_closed().hex()]),
@@ -241,9 +240,7 @@ HANDSHAKE = [
         lambda c: [c.read_greeting(0), c.send_option(nbd.OPT_LIST), c.wait_closed().hex()],
         greet=False,
     ),
-    client(
-        "unknown client flags", lambda c: [c.read_greeting(0x80 | 3), c.wait_closed().hex()], greet=False
-    ),
+    client("unknown client flags", lambda c: [c.read_greeting(0x80 | 3), c.wait_closed().hex()], greet=False),
     client("bad option magic", lambda c: [c.send_raw(b"x" * 16), c.wait_closed().hex()]),
     client(
         "huge option",
@@ -302,7 +299,10 @@ HANDSHAKE = [
         "contexts cut short",
         lambda c: [
             c.option(nbd.OPT_STRUCTURED_REPLY)[0][0],
-            *(texted(c.option(nbd.OPT_SET_META_CONTEXT, query("q", "base:allocation")[:n])) for n in (0, 3, 4, 5, 8, 9, 12)),
+            *(
+                texted(c.option(nbd.OPT_SET_META_CONTEXT, query("q", "base:allocation")[:n]))
+                for n in (0, 3, 4, 5, 8, 9, 12)
+            ),
         ],
     ),
     client(
@@ -486,14 +486,20 @@ SESSIONS = [
             client("edges structured", each(*EDGES), "q"),
             client("edges extended", each(*EDGES), "q", extended=True),
             client("edges structured context", each(*EDGES), "q", contexts=("base:allocation",)),
-            client("edges read-only", each((WRITE, 0, 2, 0, b"ab"), (TRIM, 0, 512), (ZERO, 0, 512), (READ, 0, 1)), "ro"),
+            client(
+                "edges read-only", each((WRITE, 0, 2, 0, b"ab"), (TRIM, 0, 512), (ZERO, 0, 512), (READ, 0, 1)), "ro"
+            ),
             client("reads simple", each(*READS), "q", structured=False),
             client("reads structured", each(*READS), "q"),
             client("reads extended", each(*READS), "q", extended=True),
             client("read null", each((READ, 0, 65536), (ZERO, 0, 65536, nbd.F_FAST_ZERO)), "described"),
             client("fast zero", each((ZERO, 0, 65536, nbd.F_FAST_ZERO), (ZERO, 1, 5, nbd.F_FAST_ZERO)), "q"),
             client("bad magic", lambda c: [c.send_raw(b"\1" * 28), c.wait_closed().hex()], "q"),
-            client("too long a write", lambda c: [c.send_raw(c.pack_request(WRITE, 0, 33 * MiB)), c.wait_closed().hex()], "q"),
+            client(
+                "too long a write",
+                lambda c: [c.send_raw(c.pack_request(WRITE, 0, 33 * MiB)), c.wait_closed().hex()],
+                "q",
+            ),
             client("disconnect", lambda c: [c.send_raw(c.pack_request(nbd.CMD_DISC)), c.wait_closed().hex()], "q"),
             "query-block-exports",
         ],

@@ -192,7 +192,9 @@ SESSIONS = [
             cmd("qom-list-properties", typename="object"),
             cmd("qom-list-properties", typename="container"),
             Subset("qom-list-types", "name", ("iothread", "secret", "throttle-group", "container")),
-            Subset(cmd("qom-list-types", implements="user-creatable"), "name", ("iothread", "secret", "throttle-group")),
+            Subset(
+                cmd("qom-list-types", implements="user-creatable"), "name", ("iothread", "secret", "throttle-group")
+            ),
             Subset(
                 cmd("qom-list-types", implements="user-creatable", abstract=True),
                 "name",
@@ -286,9 +288,9 @@ SESSIONS = [
         [
             Do(
                 "pty",
-                lambda c: (lambda reply: [sorted(reply), reply.get("error"), reply.get("return", {}).get("pty", "")[:9]])(
-                    c.daemon.qmp.raw_command(chardev("p", "pty"))
-                ),
+                lambda c: (
+                    lambda reply: [sorted(reply), reply.get("error"), reply.get("return", {}).get("pty", "")[:9]]
+                )(c.daemon.qmp.raw_command(chardev("p", "pty"))),
             ),
             Do("query", lambda c: _without_pts(c)),
             cmd("chardev-remove", id_="p"),
