@@ -41,7 +41,7 @@ def main() -> int:
     run_dir = Path(".run").absolute()
     run_dir.mkdir(exist_ok=True)
     # One at a time; the lock is kept for as long as this process lives.
-    lock = open(run_dir / "lock", "w")
+    lock = os.open(run_dir / "lock", os.O_WRONLY | os.O_CREAT, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -102,12 +102,14 @@ def serve(image: Path, image_format: str, read_only: bool, pidfile: Path, nbd: P
         node += ",read-only=on"
     pidfile.unlink(missing_ok=True)
     daemon = subprocess.Popen(
-        [sys.executable, "-m", "pyqsd"]
-        + ["--chardev", f"socket,id=qmp,path={escape(qmp)},server=on,wait=off", "--monitor", "chardev=qmp"]
-        + ["--blockdev", f"{node},file.driver=file,file.filename={escape(image)}"]
-        + ["--nbd-server", f"addr.type=unix,addr.path={escape(nbd)}"]
-        + ["--export", f"type=nbd,id=export,node-name=disk,name=disk,writable={'off' if read_only else 'on'}"]
-        + ["--pidfile", str(pidfile)]
+        [
+            *(sys.executable, "-m", "pyqsd"),
+            *("--chardev", f"socket,id=qmp,path={escape(qmp)},server=on,wait=off", "--monitor", "chardev=qmp"),
+            *("--blockdev", f"{node},file.driver=file,file.filename={escape(image)}"),
+            *("--nbd-server", f"addr.type=unix,addr.path={escape(nbd)}"),
+            *("--export", f"type=nbd,id=export,node-name=disk,name=disk,writable={'off' if read_only else 'on'}"),
+            *("--pidfile", str(pidfile)),
+        ]
     )
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # From the terminal, Ctrl-C reaches the daemon as well; a second signal does it no harm.

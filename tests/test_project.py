@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "pyqsd"
 
 #: The rooms from top to bottom: imports only go down (docs/architecture.md).
-ROOMS = "cli monitor exports jobs drivers block qom chardev crypto qapi aio trace".split()
+ROOMS = ["cli", "monitor", "exports", "jobs", "drivers", "block", "qom", "chardev", "crypto", "qapi", "aio", "trace"]
 
 
 def test_rooms_are_in_order_everywhere() -> None:
@@ -81,7 +81,7 @@ def test_version() -> None:
     assert version("pyqsd") == pyqsd.__version__
 
 
-# --- one name everywhere -----------------------------------------------------------------------------------------------
+# --- one name everywhere --------------------------------------------------------------------------
 
 
 def stems(directory: Path, pattern: str, prefix: str = "") -> set[str]:
@@ -110,7 +110,7 @@ def test_no_page_or_test_without_driver() -> None:
     assert pages - {"README", "index"} <= names
 
 
-# --- documents ------------------------------------------------------------------------------------------------------------
+# --- documents ------------------------------------------------------------------------------------
 
 
 def test_links_between_documents_lead_somewhere() -> None:

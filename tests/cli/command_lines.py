@@ -7,6 +7,8 @@ is the one reported proves that everything before was accepted.
 
 from __future__ import annotations
 
+SERVER = ["--blockdev", "null-co,node-name=a", "--nbd-server", "addr.type=unix,addr.path=n.sock"]
+
 #: Mistakes, and requests that end the daemon (help).
 WRONG: list[list[str]] = [
     # --- the form of the command line
@@ -181,14 +183,10 @@ WRONG: list[list[str]] = [
     ["--blockdev", "null-co,node-name=a", "--export", "nbd,id=e,node-name=a"],
     ["--export", "nbd,id=e,node-name=a", "--blockdev", "null-co,node-name=a"],
     ["--blockdev", "null-co,node-name=a", "--export", "nbd,id=1,node-name=a"],
-    ["--blockdev", "null-co,node-name=a", "--nbd-server", "addr.type=unix,addr.path=n.sock"]
-    + ["--export", "nbd,id=e,node-name=a", "--export", "nbd,id=e,node-name=a"],
-    ["--blockdev", "null-co,node-name=a", "--nbd-server", "addr.type=unix,addr.path=n.sock"]
-    + ["--export", "nbd,id=e,node-name=a", "--export", "nbd,id=f,node-name=a"],
-    ["--blockdev", "null-co,node-name=a,read-only=on", "--nbd-server", "addr.type=unix,addr.path=n.sock"]
-    + ["--export", "nbd,id=e,node-name=a,writable=on"],
-    ["--blockdev", "null-co,node-name=a", "--nbd-server", "addr.type=unix,addr.path=n.sock"]
-    + ["--export", "nbd,id=e,node-name=a,bitmap=nosuch"],
+    [*SERVER, "--export", "nbd,id=e,node-name=a", "--export", "nbd,id=e,node-name=a"],
+    [*SERVER, "--export", "nbd,id=e,node-name=a", "--export", "nbd,id=f,node-name=a"],
+    ["--blockdev", "null-co,node-name=b,read-only=on", *SERVER, "--export", "nbd,id=e,node-name=b,writable=on"],
+    [*SERVER, "--export", "nbd,id=e,node-name=a,bitmap=nosuch"],
     # --- --object
     ["--object", ""],
     ["--object", "nosuch"],
@@ -273,10 +271,8 @@ RIGHT: list[list[str]] = [
     ["--nbd-server", "addr.type=unix,addr.path=n.sock,max-connections=3"],
     ["--nbd-server", '{"addr":{"type":"unix","path":"n.sock"},"max-connections":0}'],
     ["--nbd-server", "addr.type=inet,addr.host=127.0.0.1,addr.port=0"],
-    ["--blockdev", "null-co,node-name=a", "--nbd-server", "addr.type=unix,addr.path=n.sock"]
-    + ["--export", "nbd,id=e,node-name=a", "--export", "type=nbd,id=f,node-name=a,name=x,description=y"],
-    ["--blockdev", "null-co,node-name=a", "--nbd-server", "addr.type=unix,addr.path=n.sock"]
-    + ["--export", '{"type":"nbd","id":"e","node-name":"a","name":"x","writable":true}'],
+    [*SERVER, "--export", "nbd,id=e,node-name=a", "--export", "type=nbd,id=f,node-name=a,name=x,description=y"],
+    [*SERVER, "--export", '{"type":"nbd","id":"e","node-name":"a","name":"x","writable":true}'],
     ["--daemonize", "--blockdev", "null-co,node-name=a"],
     ["--pidfile", "p", "--pidfile", "q"],
     ["-T", "blk_root_*,file=log", "--blockdev", "null-co,node-name=a"],

@@ -13,8 +13,9 @@ import sys
 import tempfile
 import time
 
-import pyqsd.cli.daemon
 import pyqsd.cli.run
+
+import pyqsd.cli.daemon
 
 TIMEOUT = 30.0
 

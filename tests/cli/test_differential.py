@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -22,20 +23,18 @@ TIMEOUT = 30.0
 LISTS = (["-T", "help"], ["--chardev", "help"], ["--chardev", "?"])
 
 
-class Outcome:
-    """What a command line led to, with what has to differ taken out."""
+class Outcome(NamedTuple):
+    """What a command line led to."""
 
-    def __init__(self, status: object, stdout: str, stderr: str, program: str) -> None:
-        self.status = status
-        self.stdout = stdout
-        # getopt's own messages start with the path of the program, all others with its name.
-        self.stderr = re.sub(rf"(?m)^(\S*/)?{program}:", "PROGRAM:", stderr)
+    status: object
+    stdout: str
+    stderr: str
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Outcome) and vars(self) == vars(other)
 
-    def __repr__(self) -> str:
-        return f"status {self.status}\nstdout: {self.stdout}\nstderr: {self.stderr}"
+def outcome(status: object, stdout: str, stderr: str, program: str) -> Outcome:
+    """With what has to differ taken out: getopt's own messages start with the path of the program, others with its
+    name."""
+    return Outcome(status, stdout, re.sub(rf"(?m)^(\S*/)?{program}:", "PROGRAM:", stderr))
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +60,7 @@ def run_ours(server: subprocess.Popen[str], argv: Sequence[str], cwd: Path) -> O
     server.stdin.write(json.dumps({"argv": list(argv), "cwd": str(cwd)}) + "\n")
     server.stdin.flush()
     answer = json.loads(server.stdout.readline())
-    return Outcome(answer["status"], answer["stdout"], answer["stderr"], "pyqsd")
+    return outcome(answer["status"], answer["stdout"], answer["stderr"], "pyqsd")
 
 
 def run_theirs(argv: Sequence[str], cwd: Path) -> Outcome:
@@ -75,7 +74,7 @@ def run_theirs(argv: Sequence[str], cwd: Path) -> Outcome:
         encoding="utf-8",
         errors="replace",
     )
-    return Outcome(done.returncode, done.stdout, done.stderr, "qemu-storage-daemon")
+    return outcome(done.returncode, done.stdout, done.stderr, "qemu-storage-daemon")
 
 
 def both(server: subprocess.Popen[str], argv: Sequence[str], template: Path, tmp_path: Path) -> tuple[Outcome, Outcome]:
@@ -94,7 +93,7 @@ def test_wrong(argv: list[str], fork_server: subprocess.Popen[str], template: Pa
     if argv in LISTS:
         assert ours.stdout.strip()
         assert set(ours.stdout.splitlines()) <= set(theirs.stdout.splitlines())
-        ours.stdout = theirs.stdout
+        ours = ours._replace(stdout=theirs.stdout)
     assert ours == theirs
 
 

@@ -66,7 +66,12 @@ def test_ambiguous() -> None:
 
 @pytest.mark.parametrize(
     ("path", "expected"),
-    [("/usr/bin/pyqsd", "pyqsd"), ("./qemu-storage-daemon", "qemu-storage-daemon"), ("/x/__main__.py", "pyqsd"), ("", "pyqsd")],
+    [
+        ("/usr/bin/pyqsd", "pyqsd"),
+        ("./qemu-storage-daemon", "qemu-storage-daemon"),
+        ("/x/__main__.py", "pyqsd"),
+        ("", "pyqsd"),
+    ],
 )
 def test_program_name(path: str, expected: str) -> None:
     assert program_name(path) == expected
