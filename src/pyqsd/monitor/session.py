@@ -225,7 +225,7 @@ class Session:
         error = error_of(exc, name)
         reply: dict[str, Any] = {} if identity is _ABSENT else {"id": identity}
         reply["error"] = {"class": error.qmp_class, "desc": error.desc}
-        self._reply_with(reply)
+        self._put(to_json(reply, pretty=self._pretty, echo=True))
 
     def _reply_result(self, result: Any, identity: Any) -> None:
         value = {} if result is None else to_wire(result)
@@ -240,7 +240,7 @@ class Session:
         elif type(identity) is str:
             text = f'{{"return": {text}, "id": {string(identity)}}}'
         else:
-            text = f'{{"return": {text}, "id": {to_json(identity)}}}'
+            text = f'{{"return": {text}, "id": {to_json(identity, echo=True)}}}'
         self._put(text)
 
     def _reply_with(self, message: dict[str, Any]) -> None:

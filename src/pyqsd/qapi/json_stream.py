@@ -34,7 +34,8 @@ INCOMPLETE: Final = Incomplete()
 
 
 def _error(text: str) -> Error:
-    return Error(f"JSON parse error, {text}")
+    # A keyword may be as long as it likes; QSD tells its beginning.
+    return Error(f"JSON parse error, {text[:1023]}")
 
 
 # --- the short road ---------------------------------------------------------------------------------------------------
@@ -325,12 +326,33 @@ class JsonStream:
 
 
 def _stray(token: bytes) -> Error:
-    return _error(f"stray '{printable(token)}'")
+    return Error(f"JSON parse error, stray '{printable(token)}'")
 
 
 def printable(raw: bytes) -> str:
-    """`raw` as the text of a message."""
-    return raw.decode("utf-8", "replace")
+    """`raw` as the text of a message: up to a NUL byte, with U+FFFD for each sequence that is not modified UTF-8."""
+    raw = raw.partition(b"\0")[0]
+    if raw.isascii():
+        return raw.decode("ascii")
+    parts: list[str] = []
+    position = 0
+    while position < len(raw):
+        lead = raw[position]
+        position += 1
+        if lead < 0x80:
+            parts.append(chr(lead))
+            continue
+        # As many bytes follow as the lead byte has ones at its left, less one.
+        following = 7 - (lead ^ 0xFF).bit_length() if lead < 0xFE else 0
+        code = lead & (0x7F >> following) if following else -1
+        start = position
+        while following > position - start and position < len(raw) and raw[position] & 0xC0 == 0x80:
+            code = code << 6 | raw[position] & 0x3F
+            position += 1
+        shortest = (-1, 0x80, 0x800, 0x10000, 0x200000, 0x4000000)[position - start]
+        complete = position - start == following and (code >= shortest or raw[start - 1 : position] == b"\xc0\x80")
+        parts.append(chr(code) if complete and code >= 0 and _valid(code) else "\ufffd")
+    return "".join(parts)
 
 
 class _Parser:

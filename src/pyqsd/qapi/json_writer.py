@@ -30,9 +30,10 @@ def to_wire(value: Any) -> Any:
     return msgspec.to_builtins(value, enc_hook=_hook)
 
 
-def to_json(value: Any, *, pretty: bool = False) -> str:
-    """The JSON text of a value that `to_wire` made, on one line unless `pretty`."""
-    if not pretty:
+def to_json(value: Any, *, pretty: bool = False, echo: bool = False) -> str:
+    """The JSON text of a value that `to_wire` made, on one line unless `pretty`. `echo`: spell numbers with a fraction
+    as QSD does, too, and take any depth (costs more)."""
+    if not pretty and not echo:
         try:
             return _capital(_dumps(value))
         except RecursionError:
@@ -54,7 +55,7 @@ def _capital(text: str) -> str:
 def _scalar(value: Any) -> str:
     if type(value) is str:
         return string(value)
-    if type(value) is float and value - value == 0:
+    if type(value) is float:
         return f"{value:.17g}"
     return _dumps(value)
 

@@ -3,7 +3,7 @@
 ==================  ==========================================================================================
 QAPI                Python
 ==================  ==========================================================================================
-struct              ``class X(Struct, kw_only=True)``; ``_`` in a member's name is ``-`` on the wire unless ``field(name=…)``
+struct              ``class X(Struct, kw_only=True)``; ``_`` in a name is ``-`` on the wire unless ``field(name=…)``
 optional member     ``member: T | None = None`` (absent), or ``member: T = default`` for inputs with a default
 union               ``class U(Struct, tag_field="driver", tag="…")`` with a branch per subclass: ``tag="qcow2"``
 alternate           ``Annotated[str | BlockdevOptions, Alternate("BlockdevRef")]``: told apart by their JSON type
