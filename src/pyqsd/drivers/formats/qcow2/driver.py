@@ -1,0 +1,476 @@
+"""The qcow2 driver: where the data is, and how its parts are put together.
+
+See docs/drivers/qcow2.md; the format is QEMU's docs/interop/qcow2.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from array import array
+from typing import TYPE_CHECKING, Any
+
+from pyqsd.block import iov as iovs
+from pyqsd.block.driver import MAY_UNMAP, NO_FALLBACK, ROLE_COW, ROLE_IMAGE, Driver, Limits
+from pyqsd.block.extents import ALLOCATED, COMPRESSED, DATA, DRIVER, OFFSET_VALID, RECURSE, ZERO, Extent
+from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2 import info, opening, tables
+from pyqsd.drivers.formats.qcow2.compression import Unpacked
+from pyqsd.drivers.formats.qcow2.options import Options
+from pyqsd.drivers.formats.qcow2.options import settings as make_settings
+from pyqsd.drivers.formats.qcow2.tables import COPIED, OFFSET_MASK, Slice
+from pyqsd.drivers.formats.qcow2.unmap import Unmapper
+from pyqsd.drivers.formats.qcow2.write import Writer
+from pyqsd.qapi.errors import Error
+from pyqsd.qapi.types import Null
+
+if TYPE_CHECKING:
+    from pyqsd.block.node import Node
+    from pyqsd.drivers.formats.qcow2.image import Image
+
+_STORED = DATA | ALLOCATED | OFFSET_VALID
+_NO_ENTRIES: array[int] = array("Q")
+
+
+class Qcow2(Driver):
+    """See docs/drivers/qcow2.md."""
+
+    name = "qcow2"
+    Options = Options
+    supports_backing = True
+    zero_flags = MAY_UNMAP | NO_FALLBACK
+    mutable_options = frozenset(
+        {
+            "lazy_refcounts",
+            "pass_discard_request",
+            "pass_discard_snapshot",
+            "pass_discard_other",
+            "discard_no_unref",
+            "overlap_check",
+            "cache_size",
+            "l2_cache_size",
+            "l2_cache_entry_size",
+            "refcount_cache_size",
+            "cache_clean_interval",
+        }
+    )
+
+    image: Image
+    _writer: Writer
+    _unmapper: Unmapper
+    _unpacked: Unpacked
+
+    def __init__(self, node: Node, options: Any) -> None:
+        super().__init__(node, options)
+        self._bitmaps: list[info.Qcow2BitmapInfo] = []
+        #: Whether writes may go on without another look at the header.
+        self._ready = False
+        self._repaired = False
+        self._preallocated: bool | None = None
+        self._clean_timer: asyncio.TimerHandle | None = None
+        # What `map` needs, at hand: see `_adopt`.
+        self._last_key = -1
+        self._last_entries = _NO_ENTRIES
+        self._slices: dict[int, Slice] = {}
+
+    @classmethod
+    def probe(cls, buf: bytes, filename: str) -> int:
+        """How sure it is (0 to 100) that a file that begins with `buf` is a qcow2 image."""
+        return headers.probe(buf)
+
+    # --- life ---------------------------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        node, options = self.node, self.options
+        file = (await node.open_child("file", options.file, ROLE_IMAGE)).node
+        header = await opening.read_header(node, file, options)
+        image = await opening.open_image(node, file, header, options)
+        self._bitmaps = await opening.read_bitmaps(image)
+        self._adopt(image)
+        if not node.read_only:
+            await self._repair()
+            self._repaired = True
+        await self._open_backing()
+        self._start_cleaning()
+
+    async def _open_backing(self) -> None:
+        ref, header = self.options.backing, self.image.header
+        if ref is None:
+            if header.backing_file:
+                await self.node.open_backing(header.backing_file, header.backing_format)
+        elif not isinstance(ref, Null):
+            await self.node.open_child("backing", ref, ROLE_COW)
+
+    def _adopt(self, image: Image) -> None:
+        """Use `image`, and keep at hand what the hot paths need of it."""
+        self.image = image
+        l2 = image.l2
+        self._unpacked = Unpacked(image)
+        self._writer = Writer(image, self._unpacked)
+        self._unmapper = Unmapper(image, self._writer)
+        image.forget_slice = self._forget_slice
+        image.forget_all = self._forget_all
+        self._file = image.file
+        self._slices = l2.slices
+        self._slice_shift = l2.slice_shift
+        self._slice_mask = l2.slice_entries - 1
+        self._bits = image.cluster_bits
+        self._size = image.cluster_size
+        self._mask = image.cluster_mask
+        #: The bits that must be clear in the L2 entry of an ordinary cluster.
+        self._odd = ((1 << 63) - 1) & ~(OFFSET_MASK & ~image.cluster_mask)
+        #: The same, with the bit that must be set for writing in place.
+        self._odd_or_copied = self._odd | COPIED
+
+    def _forget_slice(self, found: Slice) -> None:
+        if found.key == self._last_key:
+            self._last_key = -1
+
+    def _forget_all(self) -> None:
+        self._last_key = -1
+        self._slices = {}
+        self._ready = False
+
+    async def _repair(self) -> None:
+        """Make the refcounts of a dirty image right. Raises Error."""
+        if not self.image.header.incompatible & headers.INCOMPAT_DIRTY:
+            return
+        from pyqsd.drivers.formats.qcow2 import repair
+
+        try:
+            await repair.rebuild_refcounts(self.image)
+        except (OSError, Error) as exc:
+            number = exc.errno or errno.EIO
+            raise Error("Could not repair dirty image", number) from exc
+
+    async def close(self) -> None:
+        self._stop_cleaning()
+        try:
+            await self._complete()
+        finally:
+            await self.image.marked()
+
+    async def inactivate(self) -> None:
+        await self._complete()
+
+    async def _complete(self) -> None:
+        """Bring everything to disk, refcounts too, and say so in the header. Raises OSError."""
+        image = self.image
+        if image.broken or self.node.read_only:
+            return
+        await image.writeback.run(refcounts=True)
+        while image.writeback.needed:
+            await image.writeback.run(refcounts=True)
+        if self._ready:
+            await image.mark_clean()
+
+    async def _prepare_write(self) -> None:
+        self.image.check_usable()
+        if not self._repaired:
+            # It was opened read-only and is dirty.
+            await self._repair()
+            self._repaired = True
+        await self.image.clear_autoclear()
+        self._ready = True
+
+    # --- unused cache entries ----------------------------------------------------------------------------------------
+
+    def _start_cleaning(self) -> None:
+        interval = self.image.settings.cache_clean_interval
+        if interval:
+            self._clean_timer = asyncio.get_running_loop().call_later(interval, self._clean)
+
+    def _stop_cleaning(self) -> None:
+        if self._clean_timer is not None:
+            self._clean_timer.cancel()
+            self._clean_timer = None
+
+    def _clean(self) -> None:
+        self._last_key = -1
+        self.image.l2.drop_unused()
+        self.image.refcounts.drop_unused()
+        self._start_cleaning()
+
+    # --- size -------------------------------------------------------------------------------------------------------
+
+    def refresh_limits(self, limits: Limits) -> None:
+        limits.pwrite_zeroes_alignment = self._size
+        limits.pdiscard_alignment = self._size
+
+    def length(self) -> int:
+        return self.image.header.size & ~511
+
+    async def truncate(self, length: int, exact: bool, preallocation: str, zero_new: bool) -> None:
+        from pyqsd.drivers.formats.qcow2 import resize
+
+        self.image.check_usable()
+        if not self._ready:
+            await self._prepare_write()
+        self._last_key = -1
+        self._preallocated = None
+        await resize.truncate(self.image, self._writer, self._unmapper, length, preallocation, zero_new)
+
+    # --- where the data is -------------------------------------------------------------------------------------------
+
+    def map(self, offset: int, length: int) -> Extent | None:
+        key = offset >> self._slice_shift
+        if key == self._last_key:
+            entries = self._last_entries
+        else:
+            found = self._slices.get(key)
+            if found is None:
+                return self._map_missing(key, offset, length)
+            found.used = True
+            self._last_key = key
+            self._last_entries = entries = found.entries
+        at = (offset >> self._bits) & self._slice_mask
+        entry = entries[at]
+        within = offset & self._mask
+        n = self._size - within
+        host = entry & OFFSET_MASK
+        if entry & self._odd or not host:
+            return self._map_other(entries, at, entry, n, length, within)
+        if n < length:
+            size = self._size
+            following = entry
+            while n < length and at < self._slice_mask:
+                at += 1
+                following += size
+                entry = entries[at]
+                if entry != following:
+                    if (entry ^ following) & ~COPIED:
+                        break
+                    following = entry
+                n += size
+            if n > length:
+                n = length
+        else:
+            n = length
+        return (n, _STORED, self._file, host + within)
+
+    def _map_other(self, entries: array[int], at: int, entry: int, n: int, length: int, within: int) -> Extent | None:
+        """`map` for everything but ordinary clusters; `n`: bytes to the end of the cluster."""
+        size = self._size
+        if entry & tables.COMPRESSED:
+            return (min(n, length), DATA | ALLOCATED | COMPRESSED | DRIVER, None, 0)
+        host = entry & OFFSET_MASK
+        if host & self._mask or (entry & tables.ZERO and self.image.header.version < 3):
+            # `load_map` says what is wrong.
+            return None
+        zero = entry & tables.ZERO
+        following = host
+        while n < length and at < self._slice_mask:
+            at += 1
+            if host:
+                following += size
+            entry = entries[at]
+            if entry & tables.COMPRESSED or entry & tables.ZERO != zero or entry & OFFSET_MASK != following:
+                break
+            n += size
+        n = min(n, length)
+        if not zero:
+            return (n, 0, None, 0) if not host else (n, _STORED, self._file, host + within)
+        if host:
+            return (n, ZERO | ALLOCATED | OFFSET_VALID, self._file, host + within)
+        return (n, ZERO | ALLOCATED, None, 0)
+
+    def _map_missing(self, key: int, offset: int, length: int) -> Extent | None:
+        """`map` where no slice is in memory: whole tables may be known to be empty."""
+        if self.image.broken:
+            return None
+        l2 = self.image.l2
+        l1 = l2.l1
+        index = key >> l2.key_bits
+        shift = self._slice_shift + l2.key_bits
+        end = offset + length
+        at = index
+        while at < len(l1) and not l1[at] & OFFSET_MASK:
+            at += 1
+            if at << shift >= end:
+                return (length, 0, None, 0)
+        if at == index:
+            return None
+        return ((at << shift) - offset, 0, None, 0)
+
+    async def load_map(self, offset: int, length: int) -> Extent:
+        while True:
+            self.image.check_usable()
+            extent = self.map(offset, length)
+            if extent is not None:
+                return extent
+            found = await self.image.l2.load(offset >> self._slice_shift)
+            if found is not None:
+                self._check_entry(found, (offset >> self._bits) & self._slice_mask)
+
+    def _check_entry(self, found: Slice, at: int) -> None:
+        entry = found.entries[at]
+        if entry & tables.COMPRESSED:
+            return
+        host = entry & OFFSET_MASK
+        if entry & tables.ZERO and self.image.header.version < 3:
+            raise self.image.bad_entry(found, at, "Zero cluster entry found in pre-v3 image")
+        if host & self._mask:
+            what = "Preallocated zero cluster offset" if entry & tables.ZERO else "Cluster allocation offset"
+            raise self.image.bad_entry(found, at, what + " {host:#x} unaligned", host)
+
+    def map_write(self, offset: int, length: int) -> tuple[int, Node, int] | None:
+        if not self._ready:
+            return None
+        key = offset >> self._slice_shift
+        if key == self._last_key:
+            entries = self._last_entries
+        else:
+            found = self._slices.get(key)
+            if found is None:
+                return None
+            found.used = True
+            self._last_key = key
+            self._last_entries = entries = found.entries
+        at = (offset >> self._bits) & self._slice_mask
+        entry = entries[at]
+        if entry & self._odd_or_copied != COPIED or entry == COPIED:
+            return None
+        within = offset & self._mask
+        n = self._size - within
+        host = entry ^ COPIED
+        count = 1
+        if n < length:
+            size = self._size
+            while n < length and at < self._slice_mask:
+                at += 1
+                entry += size
+                if entries[at] != entry:
+                    break
+                n += size
+                count += 1
+        if n > length:
+            n = length
+        if self.image.meta.hit(host >> self._bits, count) is not None:
+            # `pwritev` says what is wrong.
+            return None
+        return (n, self._file, host + within)
+
+    async def block_status(self, offset: int, length: int, want_zero: bool) -> Extent:
+        extent = await self.load_map(offset, length)
+        if extent[1] & _STORED == _STORED and not extent[1] & DRIVER:
+            if self._preallocated is None:
+                self._preallocated = await self._looks_preallocated()
+            if self._preallocated:
+                return (extent[0], extent[1] | RECURSE, extent[2], extent[3])
+        return extent
+
+    async def _looks_preallocated(self) -> bool:
+        """Whether far more clusters are in use than the file occupies on the host, so that it is worth asking there
+        where the zeroes are."""
+        image = self.image
+        occupied = self._file.driver.allocated_size()
+        if occupied is None:
+            return False
+        clusters = occupied >> self._bits
+        threshold = max(clusters * 10 // 9, clusters + 2)
+        total = self._file.length >> self._bits
+        in_use = 0
+        for cluster in range(total):
+            if await image.refcounts.get(cluster):
+                in_use += 1
+                if in_use >= threshold:
+                    return True
+        return False
+
+    # --- I/O -----------------------------------------------------------------------------------------------------
+
+    async def preadv(self, offset: int, length: int, iov: list[memoryview]) -> None:
+        image = self.image
+        done = 0
+        while done < length:
+            n, flags, node, at = await self.load_map(offset + done, length - done)
+            part = iovs.part(iov, done, n)
+            if flags & DRIVER:
+                found = image.l2.slices[(offset + done) >> self._slice_shift]
+                entry = found.entries[((offset + done) >> self._bits) & self._slice_mask]
+                within = (offset + done) & self._mask
+                plain = await self._unpacked.read(entry)
+                iovs.copy(part, [memoryview(plain)[within : within + n]])
+            elif flags & ZERO:
+                iovs.fill_zero(part)
+            elif node is not None:
+                await node.preadv(at, n, part)
+            elif self.backing is not None:
+                await self.backing.node.preadv(offset + done, n, part)
+            else:
+                iovs.fill_zero(part)
+            done += n
+
+    async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
+        if not self._ready:
+            await self._prepare_write()
+        await self._writer.pwritev(offset, length, iov)
+
+    async def pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
+        if not self._ready:
+            await self._prepare_write()
+        await self._unmapper.zero(offset, length, flags)
+
+    async def pdiscard(self, offset: int, length: int) -> None:
+        if not self._ready:
+            await self._prepare_write()
+        if self.image.header.version < 3 and self.backing is not None:
+            # It would show what the backing file has there.
+            raise OSError(errno.ENOTSUP, "discard")
+        end = offset + length
+        start = -(-offset // self._size) * self._size
+        if end != self.node.length:
+            end &= ~self._mask
+        if start >= end:
+            raise OSError(errno.ENOTSUP, "not whole clusters")
+        await self._unmapper.discard(start, end - start, "request", False)
+
+    async def flush(self) -> None:
+        if self._ready:
+            await self.image.write_back()
+
+    # --- what people see ---------------------------------------------------------------------------------------------
+
+    def exact_filename(self) -> str:
+        assert self.file is not None
+        return self.file.node.driver.exact_filename()
+
+    def format_specific(self) -> info.ImageInfoSpecificQCow2Wrapper:
+        return info.specific(self.image, self._bitmaps)
+
+    def image_info(self) -> dict[str, Any]:
+        return info.image_info(self.image)
+
+    # --- reopening ---------------------------------------------------------------------------------------------------
+
+    async def reopen_prepare(self, options: Any, read_only: bool) -> Any:
+        image = self.image
+        if image.header.incompatible & headers.INCOMPAT_CORRUPT and not read_only:
+            raise Error("qcow2: Image is corrupt; cannot be opened read/write", errno.EACCES)
+        new = make_settings(options, image.header, self.node.discard_unmap, self.length())
+        if not self.node.read_only:
+            # Everything goes to disk, so that the caches can be made anew, or the node can become read-only.
+            try:
+                await self._complete()
+            except OSError as exc:
+                raise Error("Failed to flush the L2 table cache", exc.errno or errno.EIO) from exc
+        return (options, await opening.metadata_map(image, new.overlap), read_only)
+
+    def reopen_commit(self, state: Any) -> None:
+        options, meta, read_only = state
+        image = self.image
+        old = image.settings
+        new = image.settings = make_settings(options, image.header, self.node.discard_unmap, self.length())
+        image.meta = meta
+        image.refcounts.max_blocks = max(2, new.refcount_cache_bytes >> self._bits)
+        l2 = image.l2
+        if new.l2_slice_bytes != old.l2_slice_bytes:
+            l2.set_slice_bytes(new.l2_slice_bytes)
+        l2.max_slices = max(2, new.l2_cache_bytes // new.l2_slice_bytes)
+        self._last_key = -1
+        self._slice_shift = l2.slice_shift
+        self._slice_mask = l2.slice_entries - 1
+        if read_only:
+            self._ready = False
+        self._stop_cleaning()
+        self._start_cleaning()

@@ -1,0 +1,174 @@
+"""The state of an open qcow2 image that its parts share."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import sys
+from typing import TYPE_CHECKING
+
+from pyqsd.block.events import BlockImageCorrupted
+from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2.overlap import MetadataMap
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyqsd.block.node import Node
+    from pyqsd.drivers.formats.qcow2.header import Header
+    from pyqsd.drivers.formats.qcow2.options import Settings
+    from pyqsd.drivers.formats.qcow2.refcounts import Refcounts
+    from pyqsd.drivers.formats.qcow2.snapshots import Snapshot
+    from pyqsd.drivers.formats.qcow2.tables import L2Tables, Slice
+    from pyqsd.drivers.formats.qcow2.writeback import WriteBack
+
+
+class Image:
+    """What the parts of the driver share. `file` is the node with the image file; sizes and offsets are bytes."""
+
+    l2: L2Tables
+    refcounts: Refcounts
+    writeback: WriteBack
+
+    def __init__(self, node: Node, file: Node, header: Header, settings: Settings) -> None:
+        self.node = node
+        self.file = file
+        self.header = header
+        self.settings = settings
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = header.cluster_size
+        self.cluster_mask = header.cluster_size - 1
+        self.meta = MetadataMap(settings.overlap)
+        self.snapshots: list[Snapshot] = []
+        #: Written since the last flush of `file`: something that must be durable before L2 entries that rely on it.
+        self.barrier = False
+        #: References to clusters that were dropped in memory: (first cluster, count, kind of discard).
+        self.frees: list[tuple[int, int, str]] = []
+        self.freed_clusters = 0
+        self.refcount_lock = asyncio.Lock()
+        #: The image must not be used any more.
+        self.broken = False
+        self._signalled = False
+        self._marking: asyncio.Task[None] | None = None
+        #: The driver's shortcuts: called when a slice leaves the cache, and when the image must not be used any more.
+        self.forget_slice: Callable[[Slice], None] = lambda found: None
+        self.forget_all: Callable[[], None] = lambda: None
+        #: Nothing was ever written to the file beyond this offset, so it reads as zeroes there.
+        self.touched_end = 0
+
+    @property
+    def backing(self) -> Node | None:
+        """The backing file, whichever it is now."""
+        child = self.node.driver.backing
+        return child.node if child is not None else None
+
+    # --- corruption --------------------------------------------------------------------------------------------------
+
+    def corrupt(self, message: str, offset: int | None = None, size: int | None = None, fatal: bool = True) -> OSError:
+        """Tell everybody that the image is corrupt, and mark it so if it is writable. Returns the error to raise."""
+        fatal = fatal and not self.node.read_only and self.node.active
+        if not self._signalled or (fatal and not self.header.incompatible & headers.INCOMPAT_CORRUPT):
+            self._signalled = True
+            if fatal:
+                text = f"qcow2: Marking image as corrupt: {message}; further corruption events will be suppressed"
+            else:
+                text = f"qcow2: Image is corrupt: {message}; further non-fatal corruption events will be suppressed"
+            print(text, file=sys.stderr)
+            name = self.node.name
+            self.node.graph.events.emit(
+                BlockImageCorrupted(
+                    device="", node_name=name or None, msg=message, offset=offset, size=size, fatal=fatal
+                )
+            )
+            if fatal:
+                self.broken = True
+                self.forget_all()
+                if self.header.version >= 3:
+                    self.header.incompatible |= headers.INCOMPAT_CORRUPT
+                    self._marking = asyncio.get_running_loop().create_task(self._mark())
+        return OSError(errno.EIO, message)
+
+    def bad_entry(self, found: Slice, index: int, message: str, host: int = 0) -> OSError:
+        """An L2 entry is invalid: the same as `corrupt`, saying which."""
+        l2 = self.l2
+        table = l2.l1[found.key >> l2.key_bits] & 0x00FFFFFFFFFFFE00
+        number = (found.key & ((1 << l2.key_bits) - 1)) * l2.slice_entries + index
+        text = message.format(host=host)
+        return self.corrupt(f"{text} (L2 offset: {table:#x}, L2 index: {number:#x})")
+
+    async def _mark(self) -> None:
+        try:
+            at, data = headers.feature_fields(self.header)
+            await self.file.pwrite(at, data)
+            await self.file.flush()
+        except OSError as exc:
+            print(f"qcow2: Could not mark the image as corrupt: {exc.strerror}", file=sys.stderr)
+
+    async def marked(self) -> None:
+        """Wait until the mark is on disk."""
+        if self._marking is not None:
+            await self._marking
+
+    def check_usable(self) -> None:
+        """Raises OSError when the image must not be used any more."""
+        if self.broken:
+            raise OSError(errno.ENOMEDIUM, "The image is corrupt")
+
+    def check_overlap(self, cluster: int, count: int) -> None:
+        """Refuse a write to `count` clusters that would hit metadata. Raises OSError."""
+        hit = self.meta.hit(cluster, count)
+        if hit is not None:
+            raise self.corrupt(
+                f"Preventing invalid write on metadata (overlaps with {hit})",
+                cluster << self.cluster_bits,
+                count << self.cluster_bits,
+            )
+
+    # --- freeing -----------------------------------------------------------------------------------------------------
+
+    def free_later(self, first: int, count: int, kind: str) -> None:
+        """A reference to each of these clusters was dropped in memory: once that is on disk, their counts go down.
+        `kind`: which ``pass-discard-…`` option decides whether the space is given back (request, snapshot, other, or never)."""
+        if self.frees and self.frees[-1][0] + self.frees[-1][1] == first and self.frees[-1][2] == kind:
+            last = self.frees[-1]
+            self.frees[-1] = (last[0], last[1] + count, kind)
+        else:
+            self.frees.append((first, count, kind))
+        self.freed_clusters += count
+
+    async def write_back(self) -> None:
+        """Bring all metadata to disk. Raises OSError."""
+        await self.writeback.run()
+
+    async def clear_autoclear(self) -> None:
+        """Before the first write: what this program does not keep up to date must not look consistent afterwards."""
+        header = self.header
+        if header.autoclear:
+            await self.set_features(header.incompatible, header.compatible, 0)
+
+    async def mark_dirty(self) -> None:
+        """Before the first write with lazy refcounts: the counts on disk are not right from now on. Raises OSError."""
+        header = self.header
+        await self.set_features(header.incompatible | headers.INCOMPAT_DIRTY, header.compatible, header.autoclear)
+
+    async def mark_clean(self) -> None:
+        """All counts on disk are right. Raises OSError."""
+        header = self.header
+        if header.incompatible & headers.INCOMPAT_DIRTY:
+            await self.file.flush()
+            await self.set_features(header.incompatible & ~headers.INCOMPAT_DIRTY, header.compatible, header.autoclear)
+
+    # --- header ------------------------------------------------------------------------------------------------------
+
+    async def set_features(self, incompatible: int, compatible: int, autoclear: int) -> None:
+        """Change the feature masks, and make that durable. Version 3 only. Raises OSError."""
+        header = self.header
+        old = (header.incompatible, header.compatible, header.autoclear)
+        header.incompatible, header.compatible, header.autoclear = incompatible, compatible, autoclear
+        try:
+            at, data = headers.feature_fields(header)
+            await self.file.pwrite(at, data)
+            await self.file.flush()
+        except BaseException:
+            header.incompatible, header.compatible, header.autoclear = old
+            raise

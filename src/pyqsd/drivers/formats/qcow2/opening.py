@@ -1,0 +1,162 @@
+"""Opening an image: everything that is read and checked before the first request.
+
+Source: QEMU docs/interop/qcow2. Errors have QSD's words.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from typing import TYPE_CHECKING
+
+from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2 import info, snapshots
+from pyqsd.drivers.formats.qcow2.image import Image
+from pyqsd.drivers.formats.qcow2.options import Options, settings
+from pyqsd.drivers.formats.qcow2.overlap import MetadataMap
+from pyqsd.drivers.formats.qcow2.refcounts import REFTABLE_MASK, Refcounts
+from pyqsd.drivers.formats.qcow2.tables import OFFSET_MASK, L2Tables
+from pyqsd.drivers.formats.qcow2.writeback import WriteBack
+from pyqsd.qapi.errors import Error
+
+if TYPE_CHECKING:
+    from pyqsd.block.node import Node
+
+
+async def read_header(node: Node, file: Node, options: Options) -> headers.Header:
+    """Read and check the header with its extensions. Raises Error."""
+    try:
+        first = await file.pread(0, headers.V2_HEADER_BYTES)
+        bits = int.from_bytes(first[20:24], "big")
+        if first[:4] == headers.MAGIC and headers.MIN_CLUSTER_BITS <= bits <= headers.MAX_CLUSTER_BITS:
+            first = await file.pread(0, 1 << bits)
+    except OSError as exc:
+        raise Error("Could not read qcow2 header", exc.errno or errno.EIO) from exc
+    header = headers.decode(first)
+    if header.incompatible & headers.INCOMPAT_CORRUPT and not node.read_only:
+        raise Error("qcow2: Image is corrupt; cannot be opened read/write", errno.EACCES)
+    headers.decode_extensions(header, first)
+    headers.decode_backing_file(header, first)
+    _refuse_unsupported(header, options)
+    return header
+
+
+def _refuse_unsupported(header: headers.Header, options: Options) -> None:
+    if header.crypt_method == headers.CRYPT_NONE:
+        if options.encrypt is not None:
+            chosen = options.encrypt.__struct_config__.tag
+            raise Error(f"No encryption in image header, but options specified format '{chosen}'", errno.EINVAL)
+    else:
+        raise Error("Encrypted qcow2 images are not supported", errno.ENOTSUP)
+    if header.incompatible & headers.INCOMPAT_DATA_FILE:
+        raise Error("qcow2 images with an external data file are not supported", errno.ENOTSUP)
+    if header.incompatible & headers.INCOMPAT_EXTENDED_L2:
+        raise Error("qcow2 images with extended L2 entries are not supported", errno.ENOTSUP)
+    if options.data_file is not None:
+        raise Error("'data-file' can only be set for images with an external data file", errno.EINVAL)
+    if header.autoclear & headers.AUTOCLEAR_RAW_DATA:
+        raise Error("data-file-raw requires a data file", errno.EINVAL)
+
+
+async def open_image(node: Node, file: Node, header: headers.Header, options: Options) -> Image:
+    """Read the tables that stay in memory. Raises Error."""
+    size = header.size & ~511
+    image = Image(node, file, header, settings(options, header, node.discard_unmap, size))
+    image.touched_end = file.length
+    image.l2 = L2Tables(image, image.settings.l2_slice_bytes, image.settings.l2_cache_bytes)
+    image.refcounts = Refcounts(image, image.settings.refcount_cache_bytes)
+    image.writeback = WriteBack(image)
+    try:
+        await image.l2.read_l1()
+    except OSError as exc:
+        raise Error("Could not read L1 table", exc.errno or errno.EIO) from exc
+    try:
+        await image.refcounts.read_table()
+    except OSError as exc:
+        raise Error("Could not initialize refcount handling", exc.errno or errno.EIO) from exc
+    try:
+        image.snapshots = await read_snapshots(file, header)
+    except OSError as exc:
+        raise Error("Failed to read snapshot table", exc.errno or errno.EIO) from exc
+    image.meta = await metadata_map(image, image.settings.overlap)
+    return image
+
+
+async def read_snapshots(file: Node, header: headers.Header) -> list[snapshots.Snapshot]:
+    """Read the snapshot table. Raises OSError, Error."""
+    found = []
+    at = header.snapshots_offset
+    for index in range(header.nb_snapshots):
+        head = await file.pread(at, snapshots.header_bytes())
+        if snapshots.extra_bytes(head) > snapshots.MAX_EXTRA_BYTES:
+            snapshots.decode(head, index)
+        size = snapshots.entry_bytes(head)
+        if at + size - header.snapshots_offset > snapshots.MAX_TABLE_BYTES:
+            raise Error(
+                "Snapshot table is too big",
+                errno.EFBIG,
+                f"You can force-remove all {header.nb_snapshots - index} overhanging snapshots with qemu-img check -r all",
+            )
+        found.append(snapshots.decode(await file.pread(at, size), index))
+        at += size
+    return found
+
+
+async def metadata_map(image: Image, overlap: frozenset[str]) -> MetadataMap:
+    """Where all metadata is, for the overlap checks of writes. Raises OSError."""
+    header, bits = image.header, image.cluster_bits
+    mask = image.cluster_mask
+    meta = MetadataMap(overlap)
+    meta.add("main_header", 0)
+    if header.l1_size:
+        meta.add("active_l1", header.l1_offset >> bits, (header.l1_size * 8 + mask) >> bits)
+    meta.add("refcount_table", header.reftable_offset >> bits, header.reftable_clusters)
+    meta.add_many("active_l2", _clusters(image.l2.l1, OFFSET_MASK, bits))
+    meta.add_many("refcount_block", _clusters(image.refcounts.table, REFTABLE_MASK, bits))
+    if image.snapshots:
+        size = await snapshot_table_bytes(image)
+        meta.add("snapshot_table", header.snapshots_offset >> bits, (size + mask) >> bits)
+    for one in image.snapshots:
+        if one.l1_offset & mask or one.l1_size > headers.MAX_L1_BYTES // 8:
+            continue
+        meta.add("inactive_l1", one.l1_offset >> bits, (one.l1_size * 8 + mask) >> bits)
+        if "inactive_l2" in overlap:
+            table = await read_table(image.file, one.l1_offset, one.l1_size)
+            meta.add_many("inactive_l2", _clusters(table, OFFSET_MASK, bits))
+    if header.bitmaps is not None and header.autoclear & headers.AUTOCLEAR_BITMAPS:
+        directory = header.bitmaps
+        meta.add("bitmap_directory", directory.directory_offset >> bits, (directory.directory_size + mask) >> bits)
+    return meta
+
+
+async def read_table(file: Node, offset: int, entries: int) -> array[int]:
+    """A table of 64-bit entries. Raises OSError."""
+    table = array("Q", bytes(await file.pread(offset, entries * 8)))
+    table.byteswap()
+    return table
+
+
+def _clusters(table: array[int], mask: int, bits: int) -> list[int]:
+    return sorted({(entry & mask) >> bits for entry in table if entry & mask})
+
+
+async def snapshot_table_bytes(image: Image) -> int:
+    """The size of the snapshot table. Raises OSError."""
+    at = image.header.snapshots_offset
+    for _ in image.snapshots:
+        at += snapshots.entry_bytes(await image.file.pread(at, snapshots.header_bytes()))
+    return at - image.header.snapshots_offset
+
+
+async def read_bitmaps(image: Image) -> list[info.Qcow2BitmapInfo]:
+    """The bitmaps that the image has, for information. Raises Error if their directory is broken."""
+    directory = image.header.bitmaps
+    if directory is None:
+        return []
+    try:
+        data = await image.file.pread(directory.directory_offset, directory.directory_size)
+        return info.decode_bitmap_directory(data, directory.count)
+    except OSError as exc:
+        raise Error("Failed to read bitmap directory", exc.errno or errno.EIO) from exc
+    except ValueError:
+        raise Error("Broken bitmap directory", errno.EINVAL) from None

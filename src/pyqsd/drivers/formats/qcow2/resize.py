@@ -1,0 +1,233 @@
+"""Resizing an image: growing, with or without preallocation, and shrinking.
+
+Source: QEMU docs/interop/qcow2, sections "Header", "Cluster mapping". Errors have QSD's words. Sizes are bytes.
+"""
+
+from __future__ import annotations
+
+import errno
+from array import array
+from typing import TYPE_CHECKING
+
+from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2.tables import COPIED, OFFSET_MASK, ZERO
+from pyqsd.qapi.errors import Error, from_oserror
+
+if TYPE_CHECKING:
+    from pyqsd.drivers.formats.qcow2.image import Image
+    from pyqsd.drivers.formats.qcow2.unmap import Unmapper
+    from pyqsd.drivers.formats.qcow2.write import Writer
+
+_SECTOR = 512
+
+
+async def truncate(
+    image: Image, writer: Writer, unmapper: Unmapper, length: int, preallocation: str, zero_new: bool
+) -> None:
+    """Resize the disk to `length`. `preallocation`: off, metadata, falloc, full. Raises Error."""
+    header = image.header
+    if length % _SECTOR:
+        raise Error(f"The new size must be a multiple of {_SECTOR}", errno.EINVAL)
+    if header.nb_snapshots and header.version < 3:
+        raise Error("Can't resize a v2 image which has snapshots", errno.ENOTSUP)
+    old = header.size & ~(_SECTOR - 1)
+    if length < old:
+        if preallocation != "off":
+            raise Error("Preallocation can't be used for shrinking an image", errno.EINVAL)
+        await _shrink(image, unmapper, old, length)
+        return
+    entries = headers.l1_entries_for(header, length)
+    if entries > headers.MAX_L1_BYTES // 8:
+        raise _prefixed("Failed to grow the L1 table", OSError(errno.EFBIG, ""))
+    if entries > header.l1_size:
+        try:
+            await _grow_l1(image, entries)
+        except OSError as exc:
+            raise _prefixed("Failed to grow the L1 table", exc) from exc
+    if preallocation != "off" and length > old:
+        await _preallocate(image, writer, old, length, preallocation)
+    elif zero_new and length > old:
+        await _zero_new(image, writer, unmapper, old, length)
+    try:
+        if preallocation != "off":
+            await image.write_back()
+        await _write_size(image, length)
+    except OSError as exc:
+        raise _prefixed("Failed to update the image size", exc) from exc
+
+
+def _prefixed(text: str, exc: OSError) -> Error:
+    return from_oserror(exc, text)
+
+
+async def _write_size(image: Image, length: int) -> None:
+    at, data = headers.size_field(length)
+    await image.file.pwrite(at, data)
+    image.header.size = length
+    await image.file.flush()
+
+
+async def _grow_l1(image: Image, entries: int) -> None:
+    """Give the L1 table a new and larger place. Raises OSError."""
+    header, l2, bits = image.header, image.l2, image.cluster_bits
+    # Some room for further growth.
+    wanted = min(max(entries, header.l1_size * 3 // 2, 1), headers.MAX_L1_BYTES // 8)
+    clusters = (wanted * 8 + image.cluster_mask) >> bits
+    # The counts of the new clusters are on disk before the header refers to them.
+    first, _ = await image.refcounts.allocate(clusters, contiguous=True)
+    await image.writeback.run(refcounts=True)
+    table = array("Q", l2.l1)
+    table.extend(array("Q", bytes(8 * (wanted - len(table)))))
+    data = array("Q", table)
+    data.byteswap()
+    whole = data.tobytes()
+    await image.file.pwrite(first << bits, whole + bytes((clusters << bits) - len(whole)))
+    await image.file.flush()
+    at, fields = headers.l1_fields(wanted, first << bits)
+    await image.file.pwrite(at, fields)
+    await image.file.flush()
+    old, old_clusters = header.l1_offset >> bits, (header.l1_size * 8 + image.cluster_mask) >> bits
+    header.l1_offset, header.l1_size = first << bits, wanted
+    l2.l1 = table
+    image.meta.remove("active_l1", old, old_clusters)
+    image.meta.add("active_l1", first, clusters)
+    if old_clusters:
+        image.free_later(old, old_clusters, "other")
+
+
+async def _zero_new(image: Image, writer: Writer, unmapper: Unmapper, old: int, length: int) -> None:
+    """Hide what the backing file has where the disk grows."""
+    start = min((old + image.cluster_mask) & ~image.cluster_mask, length)
+    try:
+        if start < length:
+            end = (length + image.cluster_mask) & ~image.cluster_mask
+            if image.header.version >= 3:
+                await unmapper.zero(start, end - start, 0)
+            elif image.backing is not None:
+                # Version 2 can only say so with data.
+                await _write_zeroes(writer, start, length)
+    except OSError as exc:
+        raise _prefixed("Failed to zero out new clusters", exc) from exc
+    try:
+        if old < start:
+            await _write_zeroes(writer, old, start)
+    except OSError as exc:
+        raise _prefixed("Failed to zero out the new area", exc) from exc
+
+
+async def _write_zeroes(writer: Writer, start: int, end: int) -> None:
+    from pyqsd.block import iov as iovs
+
+    while start < end:
+        n = min(end - start, 1 << 20)
+        await writer.pwritev(start, n, iovs.zero_views(n))
+        start += n
+
+
+async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode: str) -> None:
+    """Allocate clusters for ``[old, length)``: in the tables only, or with their space in the file too."""
+    bits = image.cluster_bits
+    file = image.file
+    # Beyond the end of the file, where everything reads as zeroes.
+    floor = (max(file.length, image.touched_end) + image.cluster_mask) >> bits
+    at = (old + image.cluster_mask) >> bits
+    stop = (length + image.cluster_mask) >> bits
+    end = floor << bits
+    try:
+        if old & image.cluster_mask:
+            await _write_zeroes(writer, old, min(at << bits, length))
+        while at < stop:
+            found = await image.l2.load_for_write(at << bits >> image.l2.slice_shift)
+            index = at & (image.l2.slice_entries - 1)
+            count = min(stop - at, image.l2.slice_entries - index)
+            entries = found.entries
+            if entries[index] & OFFSET_MASK:
+                # Left over beyond the old end; it must read as zeroes now.
+                entries[index] |= ZERO if image.header.version >= 3 else 0
+                image.l2.touched(found, index, index + 1)
+                at += 1
+                continue
+            found.pins += 1
+            try:
+                first, got = await image.refcounts.allocate(count, floor=floor)
+            finally:
+                found.pins -= 1
+            for position in range(got):
+                if entries[index + position] & OFFSET_MASK:
+                    image.refcounts.release(first + position, got - position)
+                    got = position
+                    break
+                entries[index + position] = (first + position) << bits | COPIED
+            image.l2.touched(found, index, index + got)
+            image.barrier = True
+            at += got
+            floor = first + got
+            end = max(end, floor << bits)
+            image.touched_end = max(image.touched_end, end)
+    except OSError as exc:
+        raise _prefixed(
+            "Could not preallocate new data" if mode == "metadata" else "Failed to allocate data clusters", exc
+        )
+    try:
+        if end > file.length:
+            await file.truncate(end, preallocation="off" if mode == "metadata" else mode)
+    except (OSError, Error) as exc:
+        if isinstance(exc, OSError):
+            raise _prefixed("Failed to resize underlying file", exc) from exc
+        raise exc.prefixed("Failed to resize underlying file: ") from exc
+
+
+async def _shrink(image: Image, unmapper: Unmapper, old: int, length: int) -> None:
+    header, l2, bits = image.header, image.l2, image.cluster_bits
+    start = (length + image.cluster_mask) & ~image.cluster_mask
+    end = (old + image.cluster_mask) & ~image.cluster_mask
+    try:
+        if start < end:
+            await unmapper.discard(start, end - start, "other", True)
+    except OSError as exc:
+        raise _prefixed("Failed to discard cropped clusters", exc) from exc
+    try:
+        await image.writeback.run(refcounts=True)
+        first = headers.l1_entries_for(header, length)
+        last = min(headers.l1_entries_for(header, old), len(l2.l1))
+        for index in range(first, last):
+            offset = l2.table_offset(index)
+            if not offset:
+                continue
+            l2.drop(index)
+            l2.l1[index] = 0
+            l2.l1_dirty.add(index)
+            image.meta.remove("active_l2", offset >> bits)
+            image.free_later(offset >> bits, 1, "other")
+        await image.writeback.run(refcounts=True)
+    except OSError as exc:
+        raise _prefixed("Failed to reduce the number of L2 tables", exc) from exc
+    try:
+        await _write_size(image, length)
+    except OSError as exc:
+        raise _prefixed("Failed to update the image size", exc) from exc
+    await _cut_tail(image)
+
+
+async def _cut_tail(image: Image) -> None:
+    """Make the image file end with the last cluster that is in use. That may fail without harm."""
+    bits = image.cluster_bits
+    total = (image.file.length + image.cluster_mask) >> bits
+    last = total - 1
+    while last > 0:
+        index = last >> image.refcounts.block_bits
+        block = await image.refcounts.load(index)
+        base = index << image.refcounts.block_bits
+        if block is None:
+            last = base - 1
+            continue
+        while last >= base and not block.counts.get(last - base):
+            last -= 1
+        if last >= base:
+            break
+    end = (last + 1) << bits
+    if 0 < end < image.file.length:
+        try:
+            await image.file.truncate(end)
+        except (OSError, Error):
+            return

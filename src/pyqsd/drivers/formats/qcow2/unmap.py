@@ -1,0 +1,177 @@
+"""Zero writes and discards: they change L2 entries and drop clusters.
+
+Source: QEMU docs/interop/qcow2, section "Cluster mapping" (standard cluster descriptor, bit 0). Which request leaves what
+behind follows QEMU's driver, so that the same requests make the same image.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING
+
+from pyqsd.block.driver import MAY_UNMAP
+from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from pyqsd.drivers.formats.qcow2.write import InFlight
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pyqsd.drivers.formats.qcow2.image import Image
+    from pyqsd.drivers.formats.qcow2.tables import Slice
+    from pyqsd.drivers.formats.qcow2.write import Writer
+
+#: What to do with an entry: the new one, and whether the cluster of the old one is dropped.
+_Change = tuple[int, bool]
+
+
+class Unmapper:
+    """Zero writes and discards of one image."""
+
+    def __init__(self, image: Image, writer: Writer) -> None:
+        self.image = image
+        self.writer = writer
+
+    async def zero(self, offset: int, length: int, flags: int) -> None:
+        """Make whole clusters read as zeroes; the range may end at the end of the disk instead. Raises OSError; ENOTSUP
+        when version 2 cannot say so."""
+        image = self.image
+        end = offset + length
+        if offset & image.cluster_mask or (end & image.cluster_mask and end != image.node.length):
+            await self._check_edges_zero(offset, end)
+        if image.header.version < 3:
+            raise OSError(errno.ENOTSUP, "zero clusters need version 3")
+        unmap = bool(flags & MAY_UNMAP)
+        keep = image.settings.discard_no_unref
+
+        def change(entry: int) -> _Change:
+            compressed = bool(entry & COMPRESSED)
+            allocated = compressed or bool(entry & OFFSET_MASK)
+            if compressed or (unmap and allocated and not keep):
+                return ZERO, True
+            return entry | ZERO, False
+
+        await self._change(offset, end, change, None, "request")
+
+    async def _check_edges_zero(self, offset: int, end: int) -> None:
+        """A part of a cluster can become a zero cluster if the rest of it reads as zeroes already."""
+        from pyqsd.block.extents import ZERO as READS_ZERO
+
+        image = self.image
+        start = offset & ~image.cluster_mask
+        stop = min((end + image.cluster_mask) & ~image.cluster_mask, image.node.length)
+        for at, until in ((start, offset), (end, stop)):
+            while at < until:
+                (n, flags, _, _), _ = await image.node.block_status_above(None, at, until - at)
+                if not n or not flags & READS_ZERO:
+                    raise OSError(errno.ENOTSUP, "not whole clusters")
+                at += n
+
+    async def discard(self, offset: int, length: int, kind: str, full: bool) -> None:
+        """Drop the clusters of the range. `full`: nothing is to be left behind (the disk is shrinking), else what was
+        discarded reads as zeroes where the version can say so. Raises OSError."""
+        image = self.image
+        keep = image.settings.discard_no_unref and not full
+        zero_entry = ZERO if image.header.version >= 3 else 0
+        has_backing = self.image.backing is not None
+
+        def change(entry: int) -> _Change | None:
+            compressed = bool(entry & COMPRESSED)
+            host = entry & OFFSET_MASK
+            if full:
+                return (0, compressed or bool(host)) if entry else None
+            if not compressed and not host:
+                # Plain zero, or unallocated: only what a backing file would show has to be hidden.
+                return (zero_entry, False) if not entry & ZERO and has_backing else None
+            if compressed or not keep:
+                return zero_entry, True
+            return (entry | ZERO, False) if not entry & ZERO else None
+
+        await self._change(offset, offset + length, change, full, kind)
+
+    async def _change(
+        self,
+        offset: int,
+        end: int,
+        change: Callable[[int], _Change | None],
+        full: bool | None,
+        kind: str,
+    ) -> None:
+        """Apply `change` to every L2 entry of the range. Slices without a table are passed over if nothing in them can
+        change (`full` is not None: a discard, which leaves what is unallocated without a backing file)."""
+        image = self.image
+        l2 = image.l2
+        at = offset
+        skip_missing = full is not None and (full or self.image.backing is None)
+        while at < end:
+            stop = min(end, ((at >> l2.slice_shift) + 1) << l2.slice_shift)
+            first = at >> image.cluster_bits
+            last = (stop - 1) >> image.cluster_bits
+            while True:
+                image.check_usable()
+                other = self.writer.conflict(first, last, True)
+                if other is not None:
+                    await self.writer.wait_for(other)
+                    continue
+                if image.settings.lazy_refcounts and not image.header.incompatible & headers.INCOMPAT_DIRTY:
+                    await image.mark_dirty()
+                    continue
+                key = at >> l2.slice_shift
+                if skip_missing and not l2.table_offset(key >> l2.key_bits):
+                    break
+                found = l2.slices.get(key)
+                if found is None or not l2.l1[key >> l2.key_bits] & COPIED:
+                    await l2.load_for_write(key)
+                    continue
+                kept = self._change_slice(found, first, last, change, kind)
+                if kept and image.settings.discard_request:
+                    await self._discard_kept(first, last, kept)
+                break
+            at = stop
+
+    async def _discard_kept(self, first: int, last: int, kept: list[int]) -> None:
+        """Give back the space of clusters that their L2 entries keep (``discard-no-unref``), while nobody writes there."""
+        image = self.image
+        request = InFlight(first, last, True)
+        self.writer.in_flight.append(request)
+        try:
+            start = end = kept[0]
+            for host in [*kept, -1]:
+                if host == end:
+                    end += image.cluster_size
+                    continue
+                await image.writeback.discard(start, end - start)
+                start, end = host, host + image.cluster_size
+        finally:
+            self.writer.finished(request)
+
+    def _change_slice(
+        self, found: Slice, first: int, last: int, change: Callable[[int], _Change | None], kind: str
+    ) -> list[int]:
+        """Change entries of one slice. Returns the host offsets of clusters that were made zero but kept."""
+        image = self.image
+        mask = image.l2.slice_entries - 1
+        entries = found.entries
+        lo = hi = -1
+        kept = []
+        for index in range(first & mask, (last & mask) + 1):
+            old = entries[index]
+            if not old & COMPRESSED and old & OFFSET_MASK & image.cluster_mask:
+                raise image.bad_entry(found, index, "Cluster allocation offset {host:#x} unaligned", old & OFFSET_MASK)
+            changed = change(old)
+            if changed is None:
+                continue
+            new, drop = changed
+            if new == old:
+                continue
+            entries[index] = new
+            if drop:
+                self.writer.drop(old, kind)
+            elif image.settings.discard_no_unref and old & OFFSET_MASK and old & COPIED:
+                kept.append(old & OFFSET_MASK)
+            if lo < 0:
+                lo = index
+            hi = index + 1
+        if lo >= 0:
+            image.l2.touched(found, lo, hi)
+        return kept

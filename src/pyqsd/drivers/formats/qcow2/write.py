@@ -1,0 +1,340 @@
+"""Writing: in place where a cluster belongs to the active image alone, else into new clusters.
+
+Source: QEMU docs/interop/qcow2, sections "Host cluster management", "Cluster mapping".
+
+A new cluster gets its whole content (the guest's data and what surrounds it) before the L2 entry refers to it, in
+memory and later on disk (`writeback`). Requests that allocate the same guest cluster follow each other; all others go
+on in parallel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import TYPE_CHECKING
+
+from pyqsd.block import iov as iovs
+from pyqsd.block.driver import NO_FALLBACK
+from pyqsd.drivers.formats.qcow2 import compression
+from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2.refcounts import MissingBlock
+from pyqsd.drivers.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+
+if TYPE_CHECKING:
+    from pyqsd.drivers.formats.qcow2.compression import Unpacked
+    from pyqsd.drivers.formats.qcow2.image import Image
+    from pyqsd.drivers.formats.qcow2.tables import Slice
+
+#: Around a small write into a large recycled cluster, this many zero bytes or more are written as zeroes of the file.
+_ZERO_CALL_FROM = 256 << 10
+#: Freed space (bytes) waiting for the next flush that makes an allocation bring that about by itself.
+_FREED_MOST = 64 << 20
+
+_IN_PLACE = 1
+_REUSE = 2
+_ALLOCATE = 3
+
+
+class InFlight:
+    """A write that has not finished, to the guest clusters `first` to `last`. `allocating`: their L2 entries change."""
+
+    __slots__ = ("allocating", "done", "first", "last")
+
+    def __init__(self, first: int, last: int, allocating: bool) -> None:
+        self.first = first
+        self.last = last
+        self.allocating = allocating
+        self.done: asyncio.Future[None] | None = None
+
+
+class Writer:
+    """The write path of one image."""
+
+    def __init__(self, image: Image, unpacked: Unpacked) -> None:
+        self.image = image
+        self.unpacked = unpacked
+        self.in_flight: list[InFlight] = []
+        self._zero_calls = True
+
+    # --- requests in flight ------------------------------------------------------------------------------------------
+
+    def conflict(self, first: int, last: int, anything: bool) -> InFlight | None:
+        """A request in flight on the guest clusters `first` to `last`: of those that allocate, or of all."""
+        for other in self.in_flight:
+            if other.first <= last and first <= other.last and (anything or other.allocating):
+                return other
+        return None
+
+    async def wait_for(self, other: InFlight) -> None:
+        """Wait until a request has finished."""
+        if other.done is None:
+            other.done = asyncio.get_running_loop().create_future()
+        await asyncio.shield(other.done)
+
+    def finished(self, request: InFlight) -> None:
+        """The request is over."""
+        self.in_flight.remove(request)
+        if request.done is not None:
+            request.done.set_result(None)
+
+    # --- the request -------------------------------------------------------------------------------------------------
+
+    async def pwritev(self, offset: int, length: int, iov: list[memoryview]) -> None:
+        """Write. Raises OSError."""
+        done = 0
+        while done < length:
+            left = length - done
+            done += await self._write_some(offset + done, left, iov if left == length else iovs.part(iov, done, left))
+
+    async def _write_some(self, offset: int, length: int, iov: list[memoryview]) -> int:
+        """Write a prefix of the range, and return its length."""
+        image = self.image
+        l2 = image.l2
+        bits = image.cluster_bits
+        first = offset >> bits
+        key = offset >> l2.slice_shift
+        while True:
+            image.check_usable()
+            # Nothing is decided before a wait: afterwards it all starts again.
+            if self.in_flight:
+                other = self.conflict(first, first, False)
+                if other is not None:
+                    await self.wait_for(other)
+                    continue
+            if image.settings.lazy_refcounts and not image.header.incompatible & headers.INCOMPAT_DIRTY:
+                await image.mark_dirty()
+                continue
+            found = l2.slices.get(key)
+            if found is None or not l2.l1[key >> l2.key_bits] & COPIED:
+                await l2.load_for_write(key)
+                continue
+            kind, host, count = self._plan(found, offset, length)
+            if count > 1 and self.in_flight:
+                count = self._clip(first, count)
+            if kind == _ALLOCATE:
+                if image.freed_clusters << bits > _FREED_MOST:
+                    await image.write_back()
+                    continue
+                missing = self._allocate(count)
+                if isinstance(missing, int):
+                    await image.refcounts.load(missing)
+                    continue
+                host, count = missing
+            n = min(length, (count << bits) - (offset & image.cluster_mask))
+            part = iov if n == length else iovs.part(iov, 0, n)
+            if kind == _IN_PLACE:
+                await self._write_in_place(first, count, host + (offset & image.cluster_mask), n, part)
+            else:
+                await self._write_new(found, first, count, host, offset, n, part, kind == _ALLOCATE)
+            return n
+
+    def _clip(self, first: int, count: int) -> int:
+        """Leave out what comes after a cluster that another request is allocating."""
+        for other in self.in_flight:
+            if other.allocating and first < other.first < first + count:
+                count = other.first - first
+        return count
+
+    def _allocate(self, count: int) -> tuple[int, int] | int:
+        """Up to `count` new clusters: (host offset, how many), or the refcount block that must be loaded first."""
+        image = self.image
+        try:
+            cluster, got = image.refcounts.allocate_now(count)
+        except MissingBlock as missing:
+            return missing.index
+        return cluster << image.cluster_bits, got
+
+    def _plan(self, found: Slice, offset: int, length: int) -> tuple[int, int, int]:
+        """How to write to the clusters from `offset` on: (what to do, host offset of the first one, how many clusters)."""
+        image = self.image
+        bits = image.cluster_bits
+        entries = found.entries
+        at = (offset >> bits) & (image.l2.slice_entries - 1)
+        most = min(image.l2.slice_entries, at + ((offset & image.cluster_mask) + length + image.cluster_mask >> bits))
+        kind, host = self._classify(entries[at], found, at)
+        end = at + 1
+        if kind == _ALLOCATE:
+            while end < most and self._classify(entries[end], found, end)[0] == _ALLOCATE:
+                end += 1
+            return kind, 0, end - at
+        following = host
+        while end < most:
+            following += image.cluster_size
+            if self._classify(entries[end], found, end) != (kind, following):
+                break
+            end += 1
+        return kind, host, end - at
+
+    def _classify(self, entry: int, found: Slice, index: int) -> tuple[int, int]:
+        """What a write has to do with the cluster of an L2 entry, and the host offset where that matters."""
+        image = self.image
+        if entry & COMPRESSED:
+            return _ALLOCATE, 0
+        host = entry & OFFSET_MASK
+        if host & image.cluster_mask:
+            raise image.bad_entry(found, index, "Cluster allocation offset {host:#x} unaligned", host)
+        if entry & ZERO and image.header.version < 3:
+            raise image.bad_entry(found, index, "Zero cluster entry found in pre-v3 image", host)
+        if entry & COPIED and host:
+            return (_REUSE, host) if entry & ZERO else (_IN_PLACE, host)
+        return _ALLOCATE, 0
+
+    # --- in place ----------------------------------------------------------------------------------------------------
+
+    async def _write_in_place(self, first: int, count: int, host: int, length: int, iov: list[memoryview]) -> None:
+        image = self.image
+        image.check_overlap(host >> image.cluster_bits, count)
+        file = image.file
+        if file.write_now(host, length, iov):
+            return
+        request = InFlight(first, first + count - 1, False)
+        self.in_flight.append(request)
+        try:
+            await file.pwritev(host, length, iov)
+        finally:
+            self.finished(request)
+
+    # --- into new clusters -------------------------------------------------------------------------------------------
+
+    async def _write_new(
+        self,
+        found: Slice,
+        first: int,
+        count: int,
+        host: int,
+        offset: int,
+        length: int,
+        iov: list[memoryview],
+        allocated: bool,
+    ) -> None:
+        """Fill the `count` clusters at `host` and make the L2 entries refer to them. `allocated`: they are new, else they
+        are the preallocated ones of zero clusters."""
+        image = self.image
+        request = InFlight(first, first + count - 1, True)
+        self.in_flight.append(request)
+        found.pins += 1
+        try:
+            if not allocated:
+                image.check_overlap(host >> image.cluster_bits, count)
+            try:
+                await self._fill(found, first, count, host, offset, length, iov)
+            except OSError as exc:
+                if exc.errno != errno.ENOSPC or not image.frees:
+                    raise
+                # Space that was freed but is not free on disk yet may help.
+                await image.write_back()
+                await self._fill(found, first, count, host, offset, length, iov)
+            self._link(found, first & (image.l2.slice_entries - 1), count, host)
+        except OSError:
+            if allocated:
+                image.refcounts.release(host >> image.cluster_bits, count)
+            raise
+        finally:
+            found.pins -= 1
+            self.finished(request)
+
+    def _link(self, found: Slice, at: int, count: int, host: int) -> None:
+        image = self.image
+        entries = found.entries
+        size = image.cluster_size
+        for index in range(at, at + count):
+            old = entries[index]
+            entries[index] = host | COPIED
+            if old & COMPRESSED or old & OFFSET_MASK not in (0, host):
+                self.drop(old, "never")
+            host += size
+        image.l2.touched(found, at, at + count)
+        image.barrier = True
+
+    def drop(self, entry: int, kind: str) -> None:
+        """The L2 entry does not refer to its cluster any more."""
+        image = self.image
+        if entry & COMPRESSED:
+            first, count = compression.clusters(entry, image.cluster_bits)
+            self.unpacked.forget()
+            image.free_later(first, count, kind)
+        elif entry & OFFSET_MASK:
+            image.free_later((entry & OFFSET_MASK) >> image.cluster_bits, 1, kind)
+
+    async def _fill(
+        self, found: Slice, first: int, count: int, host: int, offset: int, length: int, iov: list[memoryview]
+    ) -> None:
+        """Write the guest's data and, before and after it in the first and last cluster, what was there."""
+        image = self.image
+        size = image.cluster_size
+        start = first << image.cluster_bits
+        head = offset - start
+        tail = (count << image.cluster_bits) - head - length
+        # What lies beyond everything ever written is a hole in the file.
+        fresh = host >= image.touched_end
+        end = host + (count << image.cluster_bits)
+        if end > image.touched_end:
+            image.touched_end = end
+        if head or tail:
+            at = first & (image.l2.slice_entries - 1)
+            before = after = None
+            if head and tail and count == 1 and self._has_content(found.entries[at], start, size):
+                # One read for the whole cluster.
+                whole = await self._old_content(found.entries[at], start, size)
+                before, after = whole[:head], whole[size - tail :]
+            else:
+                if head and self._has_content(found.entries[at], start, head):
+                    before = await self._old_content(found.entries[at], start, head)
+                if tail and self._has_content(found.entries[at + count - 1], offset + length, tail):
+                    after = await self._old_content(found.entries[at + count - 1], offset + length, tail)
+            if not fresh:
+                zeroes = (head if before is None else 0) + (tail if after is None else 0)
+                if zeroes >= _ZERO_CALL_FROM and self._zero_calls:
+                    fresh = await self._zero_by_call(host, count << image.cluster_bits)
+            if head and not (fresh and before is None):
+                iov = (iovs.zero_views(head) if before is None else [before]) + iov
+                length += head
+                head = 0
+            if tail and not (fresh and after is None):
+                iov = iov + (iovs.zero_views(tail) if after is None else [after])
+                length += tail
+        file = image.file
+        if not file.write_now(host + head, length, iov):
+            await file.pwritev(host + head, length, iov)
+
+    async def _zero_by_call(self, host: int, length: int) -> bool:
+        try:
+            await self.image.file.pwrite_zeroes(host, length, NO_FALLBACK)
+        except OSError as exc:
+            if exc.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
+                raise
+            self._zero_calls = False
+            return False
+        return True
+
+    def _has_content(self, entry: int, offset: int, length: int) -> bool:
+        """Whether a piece of a guest cluster, before the write, may be other than zero."""
+        if entry & COMPRESSED:
+            return True
+        if entry & ZERO:
+            return False
+        if entry & OFFSET_MASK:
+            return True
+        backing = self.image.backing
+        return backing is not None and offset < min(backing.length, self.image.node.length)
+
+    async def _old_content(self, entry: int, offset: int, length: int) -> memoryview:
+        """A piece of one guest cluster as it is before the write. Raises OSError."""
+        image = self.image
+        within = offset & image.cluster_mask
+        if entry & COMPRESSED:
+            plain = await self.unpacked.read(entry)
+            return memoryview(plain)[within : within + length]
+        data = memoryview(bytearray(length))
+        if entry & OFFSET_MASK:
+            source, at, n = image.file, (entry & OFFSET_MASK) + within, length
+        else:
+            backing = image.backing
+            assert backing is not None
+            source, at = backing, offset
+            # What is beyond the end of this disk must stay zero, should it grow one day.
+            n = min(length, max(0, image.node.length - offset))
+        iov = [data[:n]]
+        if n and not source.read_now(at, n, iov):
+            await source.preadv(at, n, iov)
+        return data
