@@ -461,6 +461,4 @@ def reftable_fields(offset: int, clusters: int) -> tuple[int, bytes]:
 
 def feature_fields(header: Header) -> tuple[int, bytes]:
     """All three feature masks (version 3)."""
-    return 72, header.incompatible.to_bytes(8, "big") + header.compatible.to_bytes(
-        8, "big"
-    ) + header.autoclear.to_bytes(8, "big")
+    return 72, struct.pack(">QQQ", header.incompatible, header.compatible, header.autoclear)

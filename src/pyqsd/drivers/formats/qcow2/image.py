@@ -128,7 +128,8 @@ class Image:
 
     def free_later(self, first: int, count: int, kind: str) -> None:
         """A reference to each of these clusters was dropped in memory: once that is on disk, their counts go down.
-        `kind`: which ``pass-discard-…`` option decides whether the space is given back (request, snapshot, other, or never)."""
+        `kind`: which ``pass-discard-…`` option decides whether the space is given back (request, snapshot, other), or
+        never."""
         if self.frees and self.frees[-1][0] + self.frees[-1][1] == first and self.frees[-1][2] == kind:
             last = self.frees[-1]
             self.frees[-1] = (last[0], last[1] + count, kind)

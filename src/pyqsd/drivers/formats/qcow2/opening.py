@@ -95,7 +95,8 @@ async def read_snapshots(file: Node, header: headers.Header) -> list[snapshots.S
             raise Error(
                 "Snapshot table is too big",
                 errno.EFBIG,
-                f"You can force-remove all {header.nb_snapshots - index} overhanging snapshots with qemu-img check -r all",
+                f"You can force-remove all {header.nb_snapshots - index} overhanging snapshots with qemu-img check -r "
+                "all",
             )
         found.append(snapshots.decode(await file.pread(at, size), index))
         at += size

@@ -2,8 +2,8 @@
 
 Source: QEMU docs/interop/qcow2, section "Host cluster management".
 
-Everything is changed in memory only; `Refcounts.write` brings it to disk. That may happen at any time: counts are raised
-here before anything refers to a cluster, and are lowered only when nothing on disk refers to it any more (see
+Everything is changed in memory only; `Refcounts.write` brings it to disk. That may happen at any time: counts are
+raised here before anything refers to a cluster, and are lowered only when nothing on disk refers to it any more (see
 `pyqsd.drivers.formats.qcow2.writeback`), so an early write can at worst leak clusters.
 """
 
@@ -455,8 +455,8 @@ class Refcounts:
             self.image.touched_end = end
 
     async def decrease(self, first: int, count: int) -> list[tuple[int, int]]:
-        """Lower the counts by one, because nothing on disk refers to these clusters any more. Returns the runs of clusters
-        that are free now. Raises OSError."""
+        """Lower the counts by one, because nothing on disk refers to these clusters any more. Returns the runs of
+        clusters that are free now. Raises OSError."""
         freed: list[tuple[int, int]] = []
         for cluster in range(first, first + count):
             block = await self.load(cluster >> self.block_bits)

@@ -140,8 +140,8 @@ async def _count_bitmaps(image: Image, references: _References) -> None:
 
 
 async def _correct_flags(image: Image, references: _References) -> None:
-    """Set or clear "refcount is exactly one" in the active tables: a set flag on a shared cluster would let a write change
-    a snapshot; a missing one only costs a copy."""
+    """Set or clear "refcount is exactly one" in the active tables: a set flag on a shared cluster would let a write
+    change a snapshot; a missing one only costs a copy."""
     l2, bits = image.l2, image.cluster_bits
     for index, entry in enumerate(l2.l1):
         offset = entry & OFFSET_MASK

@@ -53,8 +53,8 @@ class Slice:
 class L2Tables:
     """The active L1 table and the L2 slices that are in memory.
 
-    A slice is found under its key: the guest offset shifted right by `slice_shift`. `words` is the number of 64-bit words
-    in an entry (2 with subclusters).
+    A slice is found under its key: the guest offset shifted right by `slice_shift`. `words` is the number of 64-bit
+    words in an entry (2 with subclusters).
     """
 
     def __init__(self, image: Image, slice_bytes: int, cache_bytes: int) -> None:
@@ -210,15 +210,6 @@ class L2Tables:
             finally:
                 del self._making[l1_index]
                 done.set_result(None)
-
-    def new_table_now(self, l1_index: int) -> bool:
-        """Make an empty table where there is none, without waiting; False if it would have to (MissingBlock included)."""
-        if self.l1[l1_index] & OFFSET_MASK or l1_index in self._making or len(self.slices) >= self.max_slices:
-            return False
-        image = self.image
-        cluster, _ = image.refcounts.allocate_now(1)
-        self._attach(l1_index, cluster)
-        return True
 
     def _attach(self, l1_index: int, cluster: int) -> None:
         image = self.image

@@ -1,7 +1,7 @@
 """Zero writes and discards: they change L2 entries and drop clusters.
 
-Source: QEMU docs/interop/qcow2, section "Cluster mapping" (standard cluster descriptor, bit 0). Which request leaves what
-behind follows QEMU's driver, so that the same requests make the same image.
+Source: QEMU docs/interop/qcow2, section "Cluster mapping" (standard cluster descriptor, bit 0). Which request leaves
+what behind follows QEMU's driver, so that the same requests make the same image.
 """
 
 from __future__ import annotations
@@ -130,7 +130,8 @@ class Unmapper:
             at = stop
 
     async def _discard_kept(self, first: int, last: int, kept: list[int]) -> None:
-        """Give back the space of clusters that their L2 entries keep (``discard-no-unref``), while nobody writes there."""
+        """Give back the space of clusters that their L2 entries keep (``discard-no-unref``), while nobody writes
+        there."""
         image = self.image
         request = InFlight(first, last, True)
         self.writer.in_flight.append(request)

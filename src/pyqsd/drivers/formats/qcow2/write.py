@@ -145,7 +145,7 @@ class Writer:
         return cluster << image.cluster_bits, got
 
     def _plan(self, found: Slice, offset: int, length: int) -> tuple[int, int, int]:
-        """How to write to the clusters from `offset` on: (what to do, host offset of the first one, how many clusters)."""
+        """How to write to the clusters from `offset` on: (what to do, host offset of the first one, how many)."""
         image = self.image
         bits = image.cluster_bits
         entries = found.entries
@@ -207,8 +207,8 @@ class Writer:
         iov: list[memoryview],
         allocated: bool,
     ) -> None:
-        """Fill the `count` clusters at `host` and make the L2 entries refer to them. `allocated`: they are new, else they
-        are the preallocated ones of zero clusters."""
+        """Fill the `count` clusters at `host` and make the L2 entries refer to them. `allocated`: they are new, else
+        they are the preallocated ones of zero clusters."""
         image = self.image
         request = InFlight(first, first + count - 1, True)
         self.in_flight.append(request)

@@ -6,8 +6,8 @@ One round is:
 2. a flush, which also makes the guest's data and copied-on-write data durable;
 3. L2 tables, as they were when the round began, so that they refer only to what steps 1 and 2 brought to disk;
 4. a flush, if there are new L2 tables, and then the L1 entries that refer to them;
-5. a flush, if references were dropped: now nothing on disk refers to those clusters, so their counts go down (in memory;
-   an early end leaks them), they may be used again, and their space is given back.
+5. a flush, if references were dropped: now nothing on disk refers to those clusters, so their counts go down (in
+   memory; an early end leaks them), they may be used again, and their space is given back.
 
 So the image file is consistent after every single write, but for leaked clusters. The flush that the guest asked for
 follows this as the node's flush of its children.
@@ -109,8 +109,8 @@ class WriteBack:
             await self._apply_frees(frees)
 
     def _take_slices(self) -> list[tuple[Slice, int, int, int, bytes]]:
-        """The changed parts of the dirty slices, as they are now; these are clean afterwards. Tables that are not on disk
-        at all are `_take_tables`' business."""
+        """The changed parts of the dirty slices, as they are now; these are clean afterwards. Tables that are not on
+        disk at all are `_take_tables`' business."""
         image = self.image
         l2 = image.l2
         pieces = []
