@@ -1,0 +1,208 @@
+"""The NBD server: where it listens, who is connected, and which exports there are."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import socket
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pyqsd.exports.export import BlockExportType, Exports
+from pyqsd.exports.nbd import address as addresses
+from pyqsd.exports.nbd.connection import Connection
+from pyqsd.qapi.errors import Error
+from pyqsd.qapi.types import Struct, Uint32
+
+if TYPE_CHECKING:
+    from pyqsd.exports.nbd.export import NbdExport
+
+log = logging.getLogger(__name__)
+
+DEFAULT_HANDSHAKE_SECONDS = 10
+DEFAULT_MAX_CONNECTIONS = 100
+#: Connections that are accepted at once before others get their turn.
+_ACCEPTS = 16
+#: Seconds until accepting is tried again after the system had no resources for it.
+_RETRY_SECONDS = 0.5
+
+
+class NbdServerOptions(Struct, kw_only=True):
+    """`handshake_max_seconds`: a client must have chosen an export by then (default 10, 0: at any time);
+    `max_connections`: clients at the same time (default 100, 0: no limit); `tls_creds`, `tls_authz`: encryption, which
+    needs credentials."""
+
+    handshake_max_seconds: Uint32 | None = None
+    tls_creds: str | None = None
+    tls_authz: str | None = None
+    max_connections: Uint32 | None = None
+    addr: addresses.SocketAddress
+
+
+class NbdServer:
+    """The one NBD server of a daemon, running or not."""
+
+    def __init__(self, exports: Exports) -> None:
+        self._service = exports
+        #: The exports by the names that clients ask for, oldest first.
+        self.exports: dict[str, NbdExport] = {}
+        self.running = False
+        self.max_connections = DEFAULT_MAX_CONNECTIONS
+        self._handshake_seconds = DEFAULT_HANDSHAKE_SECONDS
+        self._listeners: list[addresses.Listener] = []
+        self._connections: set[Connection] = set()
+        self._all_gone: asyncio.Event | None = None
+        self._held = False
+        self._accepting = False
+        self._retry: asyncio.TimerHandle | None = None
+
+    # --- for exports and connections --------------------------------------------------------------------------------
+
+    def check_running(self) -> None:
+        """Raise Error if it is not running."""
+        if not self.running:
+            raise Error("NBD server not running")
+
+    def find(self, name: str) -> NbdExport | None:
+        """The export with this name."""
+        return self.exports.get(name)
+
+    def listed(self) -> Iterable[NbdExport]:
+        """All exports."""
+        return self.exports.values()
+
+    def left(self, connection: Connection) -> None:
+        """A connection is over."""
+        self._connections.discard(connection)
+        if self._all_gone is not None and not self._connections:
+            self._all_gone.set()
+        self._accept_more()
+
+    # --- life -------------------------------------------------------------------------------------------------------
+
+    async def start(
+        self,
+        address: addresses.SocketAddress | addresses.SocketAddressLegacy,
+        *,
+        handshake_max_seconds: int | None = None,
+        tls_creds: str | None = None,
+        max_connections: int | None = None,
+    ) -> None:
+        """Listen on `address`. Raises Error."""
+        if self.running:
+            raise Error("NBD server already running")
+        self.running = True
+        try:
+            listeners = await addresses.listen(addresses.plain(address))
+            if tls_creds is not None:
+                for listener in listeners:
+                    listener.close()
+                raise Error(f"No TLS credentials with id '{tls_creds}'")
+        except BaseException:
+            self.running = False
+            raise
+        self._listeners = listeners
+        self._handshake_seconds = DEFAULT_HANDSHAKE_SECONDS if handshake_max_seconds is None else handshake_max_seconds
+        self.max_connections = DEFAULT_MAX_CONNECTIONS if max_connections is None else max_connections
+        self._accept_more()
+
+    async def start_from(self, options: NbdServerOptions) -> None:
+        """Start with the options of the command line. Raises Error."""
+        await self.start(
+            options.addr,
+            handshake_max_seconds=options.handshake_max_seconds,
+            tls_creds=options.tls_creds,
+            max_connections=options.max_connections,
+        )
+
+    async def stop(self) -> None:
+        """Remove all exports, disconnect all clients and stop listening. Raises Error if it is not running."""
+        self.check_running()
+        self._accept_none()
+        self._all_gone = asyncio.Event()
+        for connection in list(self._connections):
+            connection.abort()
+        await self._service.remove_all(BlockExportType.NBD)
+        while self._connections:
+            self._all_gone.clear()
+            await self._all_gone.wait()
+        self._all_gone = None
+        for listener in self._listeners:
+            listener.close()
+        self._listeners = []
+        self.running = False
+
+    async def close(self) -> None:
+        """The end of the daemon."""
+        if self.running:
+            await self.stop()
+
+    def names(self) -> list[object]:
+        """The addresses that it listens on, as the sockets have them."""
+        return [listener.sock.getsockname() for listener in self._listeners]
+
+    # --- accepting --------------------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Let clients wait until `release`."""
+        self._held = True
+        self._accept_none()
+
+    def release(self) -> None:
+        """Serve clients again."""
+        self._held = False
+        self._accept_more()
+
+    def _full(self) -> bool:
+        return bool(self.max_connections) and len(self._connections) >= self.max_connections
+
+    def _accept_more(self) -> None:
+        if self._accepting or self._held or self._retry is not None or self._all_gone is not None or self._full():
+            return
+        if not self._listeners:
+            return
+        loop = asyncio.get_running_loop()
+        for listener in self._listeners:
+            loop.add_reader(listener.sock.fileno(), self._accept, listener)
+        self._accepting = True
+
+    def _accept_none(self) -> None:
+        if self._retry is not None:
+            self._retry.cancel()
+            self._retry = None
+        if self._accepting:
+            self._accepting = False
+            loop = asyncio.get_running_loop()
+            for listener in self._listeners:
+                loop.remove_reader(listener.sock.fileno())
+
+    def _accept(self, listener: addresses.Listener) -> None:
+        for _ in range(_ACCEPTS):
+            if self._full():
+                self._accept_none()
+                return
+            try:
+                sock, _ = listener.sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as exc:
+                if exc.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    log.warning("NBD server: accepting a connection: %s", exc.strerror)
+                # Trying at once would only keep the processor busy.
+                self._accept_none()
+                self._retry = asyncio.get_running_loop().call_later(_RETRY_SECONDS, self._try_again)
+                return
+            self._connected(sock)
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._accept_more()
+
+    def _connected(self, sock: socket.socket) -> None:
+        connection = Connection(self, sock, asyncio.get_running_loop())
+        self._connections.add(connection)
+        try:
+            connection.begin(self._handshake_seconds)
+        except OSError:
+            connection.abort()
