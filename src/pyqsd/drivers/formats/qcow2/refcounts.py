@@ -454,10 +454,20 @@ class Refcounts:
         if end > self.image.touched_end:
             self.image.touched_end = end
 
-    async def decrease(self, first: int, count: int) -> list[tuple[int, int]]:
-        """Lower the counts by one, because nothing on disk refers to these clusters any more. Returns the runs of
-        clusters that are free now. Raises OSError."""
-        freed: list[tuple[int, int]] = []
+    async def last_references(self, first: int, count: int) -> list[tuple[int, int]]:
+        """The runs ``(first, how many)`` of those of these clusters that have one reference left. Raises OSError."""
+        runs: list[tuple[int, int]] = []
+        for cluster in range(first, first + count):
+            if await self.get(cluster) != 1:
+                continue
+            if runs and sum(runs[-1]) == cluster:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+            else:
+                runs.append((cluster, 1))
+        return runs
+
+    async def decrease(self, first: int, count: int) -> None:
+        """Lower the counts by one, because nothing on disk refers to these clusters any more. Raises OSError."""
         for cluster in range(first, first + count):
             block = await self.load(cluster >> self.block_bits)
             if block is None:
@@ -473,11 +483,6 @@ class Refcounts:
                 self._was_used(cluster + 1)
                 if cluster < self.hint:
                     self.hint = cluster
-                if freed and sum(freed[-1]) == cluster:
-                    freed[-1] = (freed[-1][0], freed[-1][1] + 1)
-                else:
-                    freed.append((cluster, 1))
-        return freed
 
     # --- writing -----------------------------------------------------------------------------------------------------
 

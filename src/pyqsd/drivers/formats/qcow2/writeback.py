@@ -186,15 +186,16 @@ class WriteBack:
         }
         for position, (first, count, kind) in enumerate(frees):
             try:
-                freed = await image.refcounts.decrease(first, count)
+                # The space goes back before the count goes down: a cluster that is free may be written to at once.
+                if wanted[kind]:
+                    for start, n in await image.refcounts.last_references(first, count):
+                        await self.discard(start << image.cluster_bits, n << image.cluster_bits)
+                await image.refcounts.decrease(first, count)
             except OSError:
                 # Leaked, no worse; the rest of them may still work out.
                 if position == len(frees) - 1:
                     raise
                 continue
-            if wanted[kind]:
-                for start, n in freed:
-                    await self.discard(start << image.cluster_bits, n << image.cluster_bits)
 
     async def discard(self, offset: int, length: int) -> None:
         """Give space of the image file back; that may fail without harm."""
