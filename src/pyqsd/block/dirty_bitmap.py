@@ -191,13 +191,17 @@ class DirtyBitmap:
         for first, end in _areas(old, shift):
             self._set(first, end)
 
-    def merge(self, other: DirtyBitmap) -> None:
-        """Mark everything that is dirty in `other`. Raises Error when the sizes differ."""
+    def check_merge(self, other: DirtyBitmap) -> None:
+        """Raise Error when `other` cannot be merged into this bitmap because its size is another."""
         if _rounded(self.size) != _rounded(other.size):
             raise Error(
                 f"Bitmaps are of different sizes (destination size is {_rounded(self.size)}, source size is "
                 f"{_rounded(other.size)}) and can't be merged"
             )
+
+    def merge(self, other: DirtyBitmap) -> None:
+        """Mark everything that is dirty in `other`. Raises Error when the sizes differ."""
+        self.check_merge(other)
         if other is self:
             return
         if self._shift != other._shift:

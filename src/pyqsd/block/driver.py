@@ -98,6 +98,8 @@ class Driver:
     zero_flags: ClassVar[int] = 0
     #: Options (attribute names) that `reopen_prepare` lets change; any other change of an option is refused for it.
     mutable_options: ClassVar[frozenset[str]] = frozenset()
+    #: Options (attribute names) that decide what is read; a node opened with one of them has a json: filename.
+    strong_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, node: Node, options: Any) -> None:
         self.node = node
@@ -105,6 +107,21 @@ class Driver:
         #: The main child (``file``) and the backing file, if there are any; `Node` keeps them.
         self.file: Child | None = None
         self.backing: Child | None = None
+
+    @classmethod
+    def probe(cls, buf: bytes, filename: str) -> int:
+        """How sure it is, from 0 (not) to 100, that a file that begins with `buf` is an image of this format."""
+        return 0
+
+    @classmethod
+    def parse_filename(cls, filename: str) -> dict[str, Any]:
+        """The options (wire names) that a name of an image stands for, as it is found inside another image; protocols
+        only. Raises Error."""
+        if "filename" in cls.Options.__struct_fields__:
+            return {"filename": filename.removeprefix(f"{cls.name}:")}
+        if filename != f"{cls.name}://":
+            raise Error(f"The only allowed filename for this driver is '{cls.name}://'", errno.EINVAL)
+        return {}
 
     # --- life ---------------------------------------------------------------------------------------------------
 
@@ -144,8 +161,8 @@ class Driver:
     # cumulative permissions of all parents of the node (bits of `pyqsd.block.permissions`).
 
     def check_perm(self, perm: int, shared: int) -> None:
-        """Take what holding `perm` and sharing only `shared` requires (locks), in addition to what is held. Raises Error,
-        and then nothing has changed."""
+        """Take what holding `perm` and sharing only `shared` requires (locks), in addition to what is held. Raises
+        Error, and then nothing has changed."""
 
     def set_perm(self, perm: int, shared: int) -> None:
         """The permissions are now these: drop what is no longer needed. Cannot fail."""
@@ -224,6 +241,16 @@ class Driver:
         """Hand everything that this driver caches to its children (the node then flushes them), in the declared
         order; protocols: make everything written so far durable. Raises OSError."""
 
+    # --- bitmaps in the image -----------------------------------------------------------------------------------------
+
+    async def check_new_bitmap(self, name: str, granularity: int) -> None:
+        """Whether one more dirty bitmap can be stored in the image; granularity in bytes. Raises Error if not."""
+        raise Error(f"Can't store persistent bitmaps to {self.node.name}: Operation not supported", errno.ENOTSUP)
+
+    async def remove_bitmap(self, name: str) -> None:
+        """Remove a persistent bitmap from the image. Raises Error."""
+        raise Error(f"Can't remove persistent bitmaps from {self.node.name}: Operation not supported", errno.ENOTSUP)
+
     # --- what people see ----------------------------------------------------------------------------------------------
 
     def exact_filename(self) -> str:
@@ -239,8 +266,8 @@ class Driver:
         return None
 
     def image_info(self) -> dict[str, Any]:
-        """Members of ``ImageInfo`` that this driver knows: cluster-size, dirty-flag, compressed, encrypted …
-        (keys are Python attribute names of `ImageInfo`)."""
+        """Members of ``ImageInfo`` that this driver knows: cluster-size, dirty-flag, compressed, encrypted,
+        backing-filename and its format as the image has them … (keys are Python attribute names of `ImageInfo`)."""
         return {}
 
 

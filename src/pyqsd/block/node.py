@@ -89,6 +89,8 @@ class Node:
         #: Offset above which a write raises BLOCK_WRITE_THRESHOLD, 0: none.
         self.write_threshold = 0
         self.wr_highest_offset = 0
+        #: The name of the backing file that was opened because the image names it; None: it names none, or not opened.
+        self.auto_backing_filename: str | None = None
         self.in_flight = 0
         self._tracked: set[Tracked] = set()
         self._serialising = 0

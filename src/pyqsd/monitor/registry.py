@@ -7,6 +7,8 @@ import importlib
 #: Importing these declares everything (`pyqsd.qapi.command.COMMANDS` and ``EVENTS``).
 MODULES = (
     "pyqsd.block.commands",
+    "pyqsd.block.bitmap_commands",
+    "pyqsd.block.queries",
     "pyqsd.block.events",
     "pyqsd.exports.commands",
     "pyqsd.exports.nbd.commands",
