@@ -114,6 +114,11 @@ class Graph:
             self._depth -= 1
         return node
 
+    async def open_unattached(self, options: BlockdevOptions, parent: Node, role: int) -> Node:
+        """Open a node as `parent` would as a child with `role`, but without attaching it: whoever asked for it gives it
+        to `unref`. Raises Error, OSError."""
+        return await self._open(options, parent, role)
+
     async def open_child(self, parent: Node, name: str, ref: BlockdevRef, role: int) -> Child:
         """Open (or find) the node that `ref` describes and attach it to `parent` as the child `name`."""
         node = self.find(ref) if isinstance(ref, str) else await self._open(ref, parent, role)
