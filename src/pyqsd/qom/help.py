@@ -1,0 +1,19 @@
+"""What ``--object help`` and ``--object TYPE,help`` print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pyqsd.qom.types import type_table
+
+
+def help_text(options: dict[str, Any]) -> str:
+    """The help for what else the option said (`pyqsd.qapi.keyval.HelpRequested.options`)."""
+    info = type_table().get(str(options.get("qom-type", "")))
+    if info is None or info.parent in (None, "interface"):
+        names = [f"  {info.name}" for info in type_table().values() if info.user_creatable and not info.abstract]
+        return "\n".join(["List of user creatable objects:", *names]) + "\n"
+    if not info.settable or not info.properties:
+        return f"There are no options for {info.name}.\n"
+    lines = [f"  {name}=<{typ}>" for name, typ in sorted(info.properties)]
+    return "\n".join([f"{info.name} options:", *lines]) + "\n"
