@@ -310,5 +310,9 @@ class Filter(Driver):
     async def pdiscard(self, offset: int, length: int) -> None:
         await self.target.pdiscard(offset, length)
 
+    def image_info(self) -> dict[str, Any]:
+        known = self.target.driver.image_info()
+        return {name: known[name] for name in ("cluster_size", "dirty_flag") if name in known}
+
 
 __all__ = ["ALLOCATED", "DATA", "Driver", "Filter", "Limits", "perms"]

@@ -41,6 +41,7 @@ class Raw(Driver):
     write_flags = FUA | WRITE_UNCHANGED
     zero_flags = FUA | MAY_UNMAP | NO_FALLBACK | WRITE_UNCHANGED
     mutable_options = frozenset({"offset", "size"})
+    strong_options = ("offset", "size")
 
     def __init__(self, node: Any, options: Any) -> None:
         super().__init__(node, options)
@@ -137,6 +138,10 @@ class Raw(Driver):
 
     async def pdiscard(self, offset: int, length: int) -> None:
         await self._below.pdiscard(self._place(offset, length), length)
+
+    def image_info(self) -> dict[str, Any]:
+        known = self._below.driver.image_info()
+        return {name: known[name] for name in ("cluster_size", "dirty_flag") if name in known}
 
     def exact_filename(self) -> str:
         if self.options.offset is not None or self.options.size is not None:

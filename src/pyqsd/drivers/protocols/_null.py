@@ -20,6 +20,7 @@ class Null(Driver):
     """Base of both. Buffers are always cleared when reading, so that nobody gets to see what they held before."""
 
     is_protocol = True
+    strong_options = ("size", "read_zeroes")
     write_flags = FUA
     zero_flags = FUA | MAY_UNMAP | NO_FALLBACK
 
@@ -43,9 +44,9 @@ class Null(Driver):
         return 0
 
     def exact_filename(self) -> str:
-        """Only what has no options can be written as a plain name."""
+        """Only what has no options that change what is read can be written as a plain name."""
         options = self.options
-        if options.size is None and options.latency_ns is None and options.read_zeroes is None:
+        if options.size is None and options.read_zeroes is None:
             return f"{self.name}://"
         return ""
 

@@ -643,6 +643,9 @@ class PosixDriver(Driver):
     def exact_filename(self) -> str:
         return str(self.options.filename)
 
+    def image_info(self) -> dict[str, Any]:
+        return {"dirty_flag": False}
+
     def format_specific(self) -> Struct | None:
         return ImageInfoSpecificFileWrapper(
             data=ImageInfoSpecificFile(extent_size_hint=_calls.extent_size_hint(self._fd))

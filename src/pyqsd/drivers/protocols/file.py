@@ -40,6 +40,7 @@ class File(PosixDriver):
 
     name = "file"
     Options = Options
+    strong_options = ("filename",)
 
     def _check_kind(self, mode: int) -> None:
         if not stat.S_ISREG(mode):

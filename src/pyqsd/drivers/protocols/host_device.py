@@ -40,6 +40,7 @@ class HostDevice(PosixDriver):
 
     name = "host_device"
     Options = Options
+    strong_options = ("filename",)
 
     def _check_kind(self, mode: int) -> None:
         if not (stat.S_ISBLK(mode) or stat.S_ISCHR(mode)):

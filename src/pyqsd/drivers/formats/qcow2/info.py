@@ -122,6 +122,9 @@ def image_info(image: Image) -> dict[str, Any]:
         "cluster_size": image.cluster_size,
         "dirty_flag": bool(image.header.incompatible & headers.INCOMPAT_DIRTY),
     }
+    if image.header.backing_file:
+        info["backing_filename"] = image.header.backing_file
+        info["backing_filename_format"] = image.header.backing_format
     if image.snapshots:
         info["snapshots"] = [
             SnapshotInfo(
