@@ -48,8 +48,6 @@ class Chardev:
         self.frontend: Frontend | None = None
         #: There is a peer.
         self.is_open = False
-        #: The program has gone into the background.
-        self.daemonized = False
         self._reading_paused = False
         self._log = -1
 
@@ -174,8 +172,7 @@ class Chardev:
 class Chardevs:
     """All chardevs of a daemon, by label (a service)."""
 
-    def __init__(self, daemonized: bool = False) -> None:
-        self.daemonized = daemonized
+    def __init__(self) -> None:
         self._chardevs: dict[str, Chardev] = {}
         #: Labels of chardevs that are still being opened.
         self._opening: set[str] = set()
@@ -224,7 +221,6 @@ class Chardevs:
         return chardev
 
     async def _open(self, chardev: Chardev) -> None:
-        chardev.daemonized = self.daemonized
         self._opening.add(chardev.label)
         try:
             chardev.open_log()

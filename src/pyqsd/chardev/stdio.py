@@ -46,8 +46,6 @@ class StdioChardev(FdChardev):
         return ChardevStdio(signal=opts.get("signal"), **opts.common())
 
     async def open(self) -> None:
-        if self.daemonized:
-            raise Error("cannot use stdio with -daemonize")
         if StdioChardev._in_use:
             raise Error("cannot use stdio by multiple character devices")
         try:

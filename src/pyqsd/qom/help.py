@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from pyqsd.qom.types import type_table
 
 
-def help_text(options: dict[str, Any]) -> str:
-    """The help for what else the option said (`pyqsd.qapi.keyval.HelpRequested.options`)."""
-    info = type_table().get(str(options.get("qom-type", "")))
+def help_text(type_name: str | None) -> str:
+    """The help for the type `type_name`; for none, or one that does not exist, the list of types."""
+    info = type_table().get(type_name or "")
     if info is None or info.parent in (None, "interface"):
         names = [f"  {info.name}" for info in type_table().values() if info.user_creatable and not info.abstract]
         return "\n".join(["List of user creatable objects:", *names]) + "\n"

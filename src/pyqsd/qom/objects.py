@@ -147,6 +147,13 @@ class Objects:
         return f"/chardevs/{name}" if isinstance(child, Chardev) else f"/objects/{name}"
 
 
+def help_for(type_name: str | None) -> str:
+    """What ``--object help`` (None) and ``--object TYPE,help`` print."""
+    from pyqsd.qom.help import help_text
+
+    return help_text(type_name)
+
+
 def type_of(node: TreeNode) -> str:
     """The QOM type of a node."""
     if isinstance(node, Container):
