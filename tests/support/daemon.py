@@ -77,6 +77,7 @@ class DaemonProcess:
         env: dict[str, str] | None = None,
         pass_fds: Sequence[int] = (),
         preexec: Callable[[], None] | None = None,
+        prefix: Sequence[str] = (),
     ) -> None:
         self.kind = kind
         self.workdir = Path(workdir)
@@ -87,6 +88,8 @@ class DaemonProcess:
         self.env = env
         self.pass_fds = pass_fds
         self.preexec = preexec
+        self.prefix = list(prefix)
+        self.room = 0  # for tests: bytes that it may grow by
         self.process: subprocess.Popen[bytes] | None = None
         self._qmp: QmpClient | None = None
         self.ended_by_test = False
@@ -94,7 +97,7 @@ class DaemonProcess:
             self.start()
 
     def start(self) -> None:
-        argv = argv_of(self.kind) + self.args
+        argv = self.prefix + argv_of(self.kind) + self.args
         self.qmp_path.unlink(missing_ok=True)
         if self.want_qmp:
             argv += ["--chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off", "--monitor", "chardev=qmp0"]
@@ -109,7 +112,7 @@ class DaemonProcess:
                 stderr=stderr,
                 env={**os.environ, **(self.env or {})},
                 pass_fds=self.pass_fds,
-                preexec_fn=self.preexec,
+                preexec_fn=self.preexec,  # noqa: PLW1509 (the tests that use it have no threads)
             )
         if self.want_qmp:
             try:

@@ -81,6 +81,7 @@ class Session:
     args: list[str] = field(default_factory=list)
     images: tuple[str, ...] = ()
     negotiate: bool = True
+    may_fail_to_start: bool = False
 
 
 def cmd(name: str, /, **arguments: Any) -> dict[str, Any]:
@@ -265,6 +266,8 @@ def compare_results(session: Session, theirs: list[tuple[str, Any]], ours: list[
     subsets = {label_of(step): step for step in session.steps if isinstance(step, Subset)}
     problems = []
     mine = dict(ours)
+    if "start" in dict(theirs) and session.steps and not session.may_fail_to_start:
+        problems.append(f"QSD does not start: {theirs}")
     if dict(theirs).get("exit status") not in (0, None):
         problems.append(f"this session kills QSD, it proves nothing: {theirs[-2:]}")
     for label, their in theirs:
