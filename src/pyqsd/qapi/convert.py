@@ -42,8 +42,8 @@ class _Mismatch(Exception):
         self.template = template
         self.path: list[str | int] = [] if name is None else [name]
 
-    def error(self, keyval: bool, root: str) -> Error:
-        text = root
+    def error(self, keyval: bool) -> Error:
+        text = ""
         for part in reversed(self.path):
             if isinstance(part, int):
                 text += f".{part}" if keyval else f"[{part}]"
@@ -61,7 +61,9 @@ def convert(value: Any, typ: type[T] | Any, *, keyval: bool = False, name: str =
     try:
         return cast(T, _converter(typ, keyval)(value, name or None))
     except _Mismatch as exc:
-        raise exc.error(keyval, name) from None
+        raise exc.error(keyval) from None
+    except RecursionError:
+        raise Error("Parameters are nested too deeply") from None
 
 
 def convert_arguments(command: Command, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +71,9 @@ def convert_arguments(command: Command, arguments: dict[str, Any]) -> dict[str, 
     try:
         return cast(dict[str, Any], _arguments_converter(command)(arguments, None))
     except _Mismatch as exc:
-        raise exc.error(False, "") from None
+        raise exc.error(False) from None
+    except RecursionError:
+        raise Error("Parameters are nested too deeply") from None
 
 
 # --- signatures and annotations ----------------------------------------------------------------------------------
@@ -279,7 +283,7 @@ _SHIFTS = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 
 def parse_integer(text: str) -> int | None:
     """An integer as C's strtoll() with base 0 reads it, the whole of `text`; None when it is none."""
-    match = _INTEGER.match(text)
+    match = _INTEGER.match(text) if len(text) < 1000 else None
     if match is None:
         return None
     sign, hexadecimal, octal, decimal = match.groups()
@@ -288,7 +292,7 @@ def parse_integer(text: str) -> int | None:
     elif octal is not None:
         number = int(octal or "0", 8)
     else:
-        number = int(decimal) if len(decimal) < 40 else 1 << 70
+        number = int(decimal)
     return -number if sign == "-" else number
 
 

@@ -279,7 +279,10 @@ class JsonStream:
         return token
 
     def _oversized(self) -> bytes:
-        """A token that alone is beyond the limit: `_add` refuses it."""
+        """A token that alone is beyond the limit: it is cut there, and `_add` refuses it."""
+        excess = len(self._partial) - (MAX_SIZE + 1)
+        self._position -= excess
+        del self._partial[MAX_SIZE + 1 :]
         return self._finish_token(None)
 
     def _stray(self, byte: int) -> Error:
@@ -531,6 +534,10 @@ def parse_text(text: str) -> Any:
         if value is INCOMPLETE:
             raise Error("Expecting a JSON value")
         return value
-    if stream.next() is not INCOMPLETE or stream.finish() is not INCOMPLETE:
+    try:
+        alone = stream.next() is INCOMPLETE and stream.finish() is INCOMPLETE
+    except Error:
+        alone = False
+    if not alone:
         raise Error("Expecting at most one JSON value")
     return value

@@ -72,10 +72,10 @@ def parse_keyval(text: str, implied_key: str | None, *, allow_help: bool = False
         _put(root, key, value)
     if wants_help and not allow_help:
         raise Error("Help is not available for this option")
-    options: dict[str, Any] = _listify(root, "")
+    _listify(root)
     if wants_help:
-        raise HelpRequested(options)
-    return options
+        raise HelpRequested(root)
+    return root
 
 
 def _is_help(text: str) -> bool:
@@ -129,34 +129,39 @@ def _fragments(key: str) -> list[str]:
 def _put(root: dict[str, Any], key: str, value: str) -> None:
     fragments = _fragments(key)
     place = root
-    path = ""
-    for fragment in fragments[:-1]:
-        path += fragment
+    for depth, fragment in enumerate(fragments[:-1]):
         inner = place.setdefault(fragment, {})
         if not isinstance(inner, dict):
-            raise Error(f"Parameters '{path}.*' used inconsistently")
+            raise _inconsistent(fragments[: depth + 1])
         place = inner
-        path += "."
-    last = fragments[-1]
-    if isinstance(place.get(last), dict):
-        raise Error(f"Parameters '{path}{last}.*' used inconsistently")
-    place[last] = value
+    if isinstance(place.get(fragments[-1]), dict):
+        raise _inconsistent(fragments)
+    place[fragments[-1]] = value
 
 
-def _listify(value: dict[str, Any], path: str) -> Any:
-    """Turn dictionaries whose keys are all indices into lists, from the inside out."""
-    indices = 0
-    for key, inner in value.items():
-        if key[0].isdigit():
-            indices += 1
-        if isinstance(inner, dict):
-            value[key] = _listify(inner, f"{path}{key}.")
-    if not indices:
-        return value
-    if indices < len(value):
-        raise Error(f"Parameters '{path}*' used inconsistently")
-    elements = {int(key): inner for key, inner in value.items()}
-    for index in range(len(elements)):
-        if index not in elements:
-            raise Error(f"Parameter '{path}{index}' missing")
-    return [elements[index] for index in range(len(elements))]
+def _inconsistent(path: list[str]) -> Error:
+    return Error(f"Parameters '{'.'.join(path)}.*' used inconsistently")
+
+
+def _listify(root: dict[str, Any]) -> None:
+    """Turn dictionaries whose keys are all indices into lists, from the inside out (the root's keys never are)."""
+    # Where each dictionary is: the one that holds it, and its key there. Inner ones come after outer ones.
+    found: list[tuple[dict[str, Any], int, str]] = [(root, -1, "")]
+    for position, (value, _, _) in enumerate(found):
+        found.extend((inner, position, key) for key, inner in value.items() if isinstance(inner, dict))
+    for value, parent, key in reversed(found[1:]):
+        indices = sum(key[0].isdigit() for key in value)
+        if not indices:
+            continue
+        elements = {int(key): inner for key, inner in value.items() if key[0].isdigit()}
+        missing = next((index for index in range(len(elements)) if index not in elements), None)
+        if indices < len(value) or missing is not None:
+            path = [key]
+            while parent > 0:
+                path.append(found[parent][2])
+                parent = found[parent][1]
+            path.reverse()
+            if indices < len(value):
+                raise _inconsistent(path)
+            raise Error(f"Parameter '{'.'.join(path)}.{missing}' missing")
+        found[parent][0][key] = [elements[index] for index in range(len(elements))]
