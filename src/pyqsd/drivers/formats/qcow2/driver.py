@@ -99,7 +99,10 @@ class Qcow2(Driver):
             if header.backing_file:
                 await self.node.open_backing(header.backing_file, header.backing_format)
         elif not isinstance(ref, Null):
-            await self.node.open_child("backing", ref, ROLE_COW)
+            try:
+                await self.node.open_child("backing", ref, ROLE_COW)
+            except Error as exc:
+                raise exc.prefixed("Could not open backing file: ") from exc
 
     def _adopt(self, image: Image) -> None:
         """Use `image`, and keep at hand what the hot paths need of it."""

@@ -173,8 +173,8 @@ def settings(options: Options, header: Header, discard_unmap: bool, image_size: 
 def _overlap(checks: Qcow2OverlapChecks | None) -> frozenset[str]:
     if checks is None:
         return _CACHED
-    if isinstance(checks, Qcow2OverlapCheckMode):
-        return _TEMPLATES[checks]
+    if isinstance(checks, str):
+        return _TEMPLATES[Qcow2OverlapCheckMode(checks)]
     chosen = set(_CACHED if checks.template is None else _TEMPLATES[checks.template])
     for name in OVERLAP_NAMES:
         value = getattr(checks, name)
