@@ -1,6 +1,6 @@
 """The file I/O engine of an event loop: what the inline path cannot do without waiting goes through it.
 
-There is at most one engine of a kind per loop. `acquire` makes it when it is first needed, and the last `release` closes it::
+There is at most one engine of a kind per loop. `acquire` makes it when it is needed, the last `release` closes it::
 
     engine = acquire("io_uring")
     await engine.preadv(fd, iov, offset, length)
@@ -27,6 +27,7 @@ from typing import Any, ClassVar, Final
 
 #: What Linux transfers at most in one call (MAX_RW_COUNT), rounded down to a power of two.
 MAX_TRANSFER: Final = 1 << 30
+NO_LIMIT: Final = 1 << 30
 #: What preadv and pwritev take at most.
 IOV_MAX: Final = 1024
 
@@ -128,6 +129,19 @@ class Engine:
         self.loop = loop
         #: Users that have not released it.
         self.users = 0
+        #: So many requests go to the kernel at once at most (QAPI ``aio-max-batch``: the least that a user asks for).
+        self.max_batch = NO_LIMIT
+        self._batch_limits: list[int] = []
+
+    def limit_batch(self, most: int) -> None:
+        """Ask for batches of at most `most` requests, until `unlimit_batch`."""
+        self._batch_limits.append(most)
+        self.max_batch = min(self._batch_limits)
+
+    def unlimit_batch(self, most: int) -> None:
+        """Take back a `limit_batch`."""
+        self._batch_limits.remove(most)
+        self.max_batch = min(self._batch_limits, default=NO_LIMIT)
 
     def preadv(self, fd: int, iov: list[memoryview], offset: int, length: int) -> Request:
         """Fill the buffers, `length` bytes in all, from `offset`; zeroes beyond the end of the file."""

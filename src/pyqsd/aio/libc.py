@@ -26,7 +26,7 @@ def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 class _Statx(ctypes.Structure):
     """struct statx, linux/stat.h: only the mask and the O_DIRECT members have names."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("stx_mask", ctypes.c_uint32),
         ("_before", ctypes.c_uint32 * 37),
         ("stx_dio_mem_align", ctypes.c_uint32),
@@ -42,8 +42,8 @@ _STATX_DIOALIGN = 0x2000
 
 
 def dio_alignment(fd: int) -> tuple[int, int] | None:
-    """``(memory, offset)`` alignment in bytes that O_DIRECT needs on this file (statx(2), since Linux 6.1), (0, 0) if it
-    cannot be used, or None when the kernel or file system does not say."""
+    """``(memory, offset)`` alignment in bytes that O_DIRECT needs on this file (statx(2), since Linux 6.1), (0, 0) if
+    it cannot be used, or None when the kernel or file system does not say."""
     try:
         statx = _libc.statx
     except AttributeError:

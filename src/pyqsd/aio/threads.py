@@ -140,5 +140,6 @@ class ThreadsEngine(Engine):
         self._threads.clear()
         if not self.loop.is_closed():
             self.loop.remove_reader(self._wake_fd)
-            self._finish()
+            # Not at once: whoever closes may be in the middle of a task.
+            self.loop.call_soon(self._finish)
         os.close(self._wake_fd)

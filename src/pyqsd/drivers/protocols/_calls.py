@@ -1,4 +1,4 @@
-"""What is done to files in the worker threads: these functions wait. They raise OSError, or Error with the user's words."""
+"""What is done to files in the worker threads: these functions wait. They raise OSError or, for the user, Error."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Locks on image files, shared with QEMU's programs: whoever uses an image says which permissions it holds and which it
 does not let others have, in open-file-description locks on single bytes.
 
-For the permission with bit number `i` (QAPI ``BlockPermission``: consistent-read 0, write 1, write-unchanged 2, resize 3)
-a shared lock on byte ``100 + i`` means "held", and one on byte ``200 + i`` means "not shared". Nobody ever takes an
+For the permission with bit number `i` (QAPI ``BlockPermission``: consistent-read 0, write 1, write-unchanged 2, resize
+3) a shared lock on byte ``100 + i`` means "held", and one on byte ``200 + i`` means "not shared". Nobody ever takes an
 exclusive lock; one looks whether one could be had. Facts from the locks that qemu-storage-daemon 10.0 sets.
 """
 

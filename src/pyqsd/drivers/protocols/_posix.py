@@ -23,7 +23,6 @@ from pyqsd.drivers.protocols._options import BlockdevAioOptions, OnOffAuto
 from pyqsd.qapi.errors import Error, from_oserror
 from pyqsd.qapi.types import Size, Struct
 
-
 #: Sizes are whole sectors, as everywhere in QEMU's block layer; what a file lacks of its last one reads as zeroes.
 SECTOR: Final = 512
 #: The largest size that a node may have.
@@ -200,8 +199,6 @@ class PosixDriver(Driver):
         except ValueError as exc:
             raise Error(f"Could not open '{name}': {exc}", errno.EINVAL) from exc
         try:
-            if stat.S_ISDIR(os.fstat(fd).st_mode):
-                raise Error(f"Could not open '{name}': {os.strerror(errno.EISDIR)}", errno.EISDIR)
             os.set_blocking(fd, True)
         except BaseException:
             os.close(fd)
@@ -597,15 +594,19 @@ class PosixDriver(Driver):
     async def _zero_file(self, offset: int, length: int, flags: int) -> None:
         fallocate = self.engine.fallocate
         end = offset + length
-        if flags & MAY_UNMAP and await self._punch(offset, length):
-            # A hole beyond the end does not make the file longer; its last byte does, whoever else extends it now.
-            if end <= self._size or await self._try("allocate", fallocate, 0, end - 1, 1):
-                return
+        # A hole beyond the end does not make the file longer; its last byte does, whoever else extends it now.
+        if (
+            flags & MAY_UNMAP
+            and await self._punch(offset, length)
+            and (end <= self._size or await self._try("allocate", fallocate, 0, end - 1, 1))
+        ):
+            return
         if await self._try("zero range", fallocate, libc.FALLOC_FL_ZERO_RANGE, offset, length):
             return
-        if offset >= self._size or await self._punch(offset, length):
-            if await self._try("allocate", fallocate, 0, offset, length):
-                return
+        if (offset >= self._size or await self._punch(offset, length)) and await self._try(
+            "allocate", fallocate, 0, offset, length
+        ):
+            return
         raise engines.error(errno.ENOTSUP)
 
     async def _zero_device(self, offset: int, length: int, flags: int) -> None:
