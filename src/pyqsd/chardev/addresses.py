@@ -68,7 +68,7 @@ class VsockSocketAddress(Struct):
 class FdSocketAddress(Struct):
     """An open socket, by the number of its file descriptor."""
 
-    str: str
+    str_: str
 
 
 SocketAddress = InetSocketAddress | UnixSocketAddress | VsockSocketAddress | FdSocketAddress
@@ -86,7 +86,7 @@ def describe(address: SocketAddress) -> str:
         case VsockSocketAddress():
             return f"vsock:{address.cid}:{address.port}"
         case FdSocketAddress():
-            return f"fd:{address.str}"
+            return f"fd:{address.str_}"
 
 
 def to_wire(address: SocketAddress) -> dict[str, Any]:
@@ -222,7 +222,7 @@ async def listen(address: SocketAddress, backlog: int = _BACKLOG) -> Listener:
         case UnixSocketAddress():
             return _listen_unix(address, backlog)
         case FdSocketAddress():
-            sock = socket_from_fd(address.str)
+            sock = socket_from_fd(address.str_)
             try:
                 sock.listen(backlog)
             except OSError as exc:
@@ -355,7 +355,7 @@ async def connect(address: SocketAddress) -> socket.socket:
                 return await _connect(socket.AF_UNIX, 0, name, address.path)
             raise Error(f"Failed to connect to '': {os.strerror(errno.ECONNREFUSED)}", errno.ECONNREFUSED)
         case FdSocketAddress():
-            return socket_from_fd(address.str)
+            return socket_from_fd(address.str_)
         case VsockSocketAddress():
             return await _connect(socket.AF_VSOCK, 0, _vsock_name(address), f"{address.cid}:{address.port}")
 

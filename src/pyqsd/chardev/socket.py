@@ -125,7 +125,7 @@ class SocketChardev(Chardev):
                 )
             )
         else:
-            address = FdSocketAddressWrapper(data=FdSocketAddress(str=fd or ""))
+            address = FdSocketAddressWrapper(data=FdSocketAddress(str_=fd or ""))
         delay, nodelay = opts.get("delay"), opts.get("nodelay")
         server = bool(opts.get("server"))
         wait = opts.get("wait")
