@@ -33,7 +33,7 @@ def found(*words: str) -> list[tuple[str, str | None]]:
         (["x", "--daemonize", "y"], [("", "x"), ("daemonize", None), ("", "y")]),
         (["-", "--", "--foo"], [("", "-")]),
         (["--", "x"], []),
-        (["--foo=bar"], [("?", "unrecognized option '--foo'")]),
+        (["--foo=bar"], [("?", "unrecognized option '--foo=bar'")]),
         (["--foo", "-V"], [("?", "unrecognized option '--foo'"), ("version", None)]),
         (["-xV"], [("?", "invalid option -- 'x'"), ("version", None)]),
         (["--blockdev"], [("?", "option '--blockdev' requires an argument")]),

@@ -66,7 +66,7 @@ def _long(word: str, following: Sequence[str], options: Sequence[Option]) -> tup
     exact = [o for o in options if o.name == name]
     matches = exact or [o for o in options if o.name.startswith(name)]
     if not matches:
-        return Word("?", f"unrecognized option '--{name}'", ()), 0
+        return Word("?", f"unrecognized option '{word}'", ()), 0
     if len(matches) > 1:
         possibilities = " ".join(f"'--{o.name}'" for o in matches)
         return Word("?", f"option '{word}' is ambiguous; possibilities: {possibilities}", ()), 0

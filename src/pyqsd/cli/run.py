@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from pyqsd.cli.background import Background
@@ -21,6 +22,9 @@ from pyqsd.qapi.keyval import HelpRequested, parse_option
 from pyqsd.trace import report
 
 S = TypeVar("S")
+
+#: They end the daemon in order.
+SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
 
 
 class Finished(Exception):
@@ -80,9 +84,13 @@ async def _run(words: Sequence[Word], background: Background | None) -> int:
         daemon.request_shutdown()
         start.cancel()
 
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        # These stay to the very end, so that a second signal has no other effect than the first.
-        loop.add_signal_handler(number, stop)
+    def caught(number: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(stop)
+
+    # Not loop.add_signal_handler(): that leaves a gap when the loop is closed, and a second signal is to have no effect
+    # at any time.
+    for number in SIGNALS:
+        signal.signal(number, caught)
     pidfile = None
     try:
         status = 1
@@ -109,6 +117,8 @@ async def _run(words: Sequence[Word], background: Background | None) -> int:
         await daemon.shutdown()
         return status
     finally:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         if pidfile is not None:
             pidfile.remove()
 
@@ -175,16 +185,18 @@ async def _monitor(daemon: Daemon, text: str, background: bool) -> None:
 async def _nbd_server(daemon: Daemon, text: str, background: bool) -> None:
     from pyqsd.exports.nbd.server import NbdServerOptions
 
-    await daemon.nbd_server.start(_convert(text, None, NbdServerOptions))
+    await daemon.nbd_server.start_from(_convert(text, None, NbdServerOptions))
 
 
 async def _object(daemon: Daemon, text: str, background: bool) -> None:
-    from pyqsd.qom import objects
+    from pyqsd.qom.options import ObjectOptions
 
     try:
-        options = _convert(text, "qom-type", objects.ObjectOptions, allow_help=True)
+        options = _convert(text, "qom-type", ObjectOptions, allow_help=True)
     except HelpRequested as request:
-        _print(objects.help_for(request.options.get("qom-type")))
+        from pyqsd.qom.help import help_text
+
+        _print(help_text(request.options.get("qom-type")))
     await daemon.objects.add(options)
 
 

@@ -43,8 +43,8 @@ class Daemon:
         self.events = EventBus()
         self.graph = Graph(self.events)
         self.exports = Exports(self.graph, self.events)
-        self.objects = Objects()
         self.chardevs = Chardevs()
+        self.objects = Objects(self.chardevs)
         self._stop_wanted = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
         services: dict[Any, object] = {

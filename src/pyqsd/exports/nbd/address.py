@@ -159,19 +159,24 @@ def _failure(what: str, exc: OSError) -> Error:
 # --- unix ---
 
 
+def _too_long(path: str, limit: int) -> Error:
+    return Error(f"UNIX socket path '{path}' is too long", hint=f"Path must be less than {limit} bytes")
+
+
 def _listen_unix(address: UnixSocketAddress) -> Listener:
     path = os.fsencode(address.path)
     if address.abstract:
         if len(path) >= _PATH_MAX:
-            raise Error(f"UNIX socket path '{address.path}' is too long")
+            raise _too_long(address.path, _PATH_MAX - 1)
         name = b"\0" + path
         if address.tight is False:
             name = name.ljust(_PATH_MAX, b"\0")
         return _bound(socket.AF_UNIX, name, f"Failed to bind socket to {address.path}")
     if not path:
         path = os.fsencode(f"{tempfile.gettempdir()}/pyqsd-socket-{random.randrange(1 << 32):08x}")
-    if len(path) > _PATH_MAX:
-        raise Error(f"UNIX socket path '{address.path}' is too long")
+    if len(path) >= _PATH_MAX:
+        # (The kernel would also take a path that just fills its room; Python's sockets do not.)
+        raise _too_long(address.path, _PATH_MAX)
     name_text = os.fsdecode(path)
     try:
         os.unlink(path)
