@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+from typing import Final
+
 from pyqsd.block import permissions as perms
 from pyqsd.block.backend import BlockBackend
 from pyqsd.block.graph import Graph
@@ -10,6 +13,9 @@ from pyqsd.block.options import BlockdevOptions
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import Uint64
+
+#: The largest length of a node in bytes: the largest signed 64-bit number, in whole GiB.
+MAX_LENGTH: Final = (1 << 63) - (1 << 30)
 
 
 @command("blockdev-add", boxed=True)
@@ -38,6 +44,8 @@ async def block_resize(graph: Graph, /, *, device: str | None = None, node_name:
     node = lookup(graph, device, node_name)
     if size < 0:
         raise Error("Parameter 'size' expects a >0 size")
+    if size > MAX_LENGTH:
+        raise Error(f"offset({size}) exceeds maximum({MAX_LENGTH})", errno.EIO)
     backend = BlockBackend(graph, "an unnamed block device", perms.RESIZE, perms.ALL)
     backend.insert(node)
     try:

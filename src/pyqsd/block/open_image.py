@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 import os
 import stat
 from contextvars import ContextVar
@@ -22,6 +23,8 @@ from pyqsd.block.options import BlockdevOptions
 from pyqsd.qapi.convert import convert
 from pyqsd.qapi.errors import Error
 from pyqsd.qapi.json_stream import parse_text
+
+log = logging.getLogger(__name__)
 
 #: Formats tell themselves from the others by the first bytes of a file.
 _PROBE_BYTES = 512
@@ -126,10 +129,13 @@ def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
         items = list(value.items())
     elif isinstance(value, list):
         items = [(str(index), item) for index, item in enumerate(value)]
-    elif isinstance(value, bool):
-        return [(path, "on" if value else "off")]
     elif value is None or isinstance(value, str):
         return [(path, value)]
+    elif path.rpartition(".")[2] in ("driver", "filename"):
+        # Not a name; QSD goes on as if nothing were there.
+        return []
+    elif isinstance(value, bool):
+        return [(path, "on" if value else "off")]
     else:
         return [(path, str(value))]
     return [leaf for key, item in items for leaf in _leaves(item, f"{path}.{key}" if path else key)]
@@ -174,6 +180,9 @@ def _complete(tree: _Tree, name: str | None) -> None:
         tree["file"] = _protocol(name)
     elif tree.get("file") is None:
         raise Error('A block device must be specified for "file"', errno.EINVAL)
+    if tree.get("backing") == "":
+        log.warning('Use of "backing": "" is deprecated; use "backing": null instead')
+        tree["backing"] = None
     for child in tree.values():
         if isinstance(child, dict) and ("driver" in child or child is tree["file"]):
             _complete_child(child)

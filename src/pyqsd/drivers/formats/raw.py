@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 from typing import Any, Final
 
+from pyqsd.block import permissions as perms
+from pyqsd.block.child import Child
 from pyqsd.block.driver import (
     FUA,
     MAY_UNMAP,
@@ -138,6 +140,10 @@ class Raw(Driver):
 
     async def pdiscard(self, offset: int, length: int) -> None:
         await self._below.pdiscard(self._place(offset, length), length)
+
+    def child_perms(self, child: Child, role: int, perm: int, shared: int) -> tuple[int, int]:
+        # A part of a node has no tables that only its owner may write; but where it ends must stay.
+        return perm, shared if role & ROLE_FILTERED else shared & ~perms.RESIZE
 
     def image_info(self) -> dict[str, Any]:
         known = self._below.driver.image_info()

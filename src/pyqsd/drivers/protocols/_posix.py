@@ -104,6 +104,9 @@ class PosixDriver(Driver):
         self._fd = -1
         self._direct = False
         self._engine: engines.Engine | None = None
+        self._batch_limit = max(options.aio_max_batch or 0, 0)
+        #: The threads in which the calls are made that io_uring does not have.
+        self._pool: engines.Engine | None = None
         self._size = 0
         self._is_device = False
         self._locking = False
@@ -154,12 +157,16 @@ class PosixDriver(Driver):
             raise Error("This system has no open file description locks, which 'locking=on' needs", errno.ENOTSUP)
         # With auto-read-only the file is opened for writing only while somebody writes.
         writable = not node.read_only and not node.auto_read_only
-        file = await self._call(self._open_path, options.filename, writable, node.cache_direct)
+        self._pool = engines.acquire("threads")
         try:
-            await self._adopt_new(file)
+            file = await self._call(self._open_path, options.filename, writable, node.cache_direct)
+            try:
+                await self._adopt_new(file)
+            except BaseException:
+                file.retire()
+                raise
         except BaseException:
-            file.retire()
-            self._let_engine_go()
+            self._let_engines_go()
             raise
 
     async def _adopt_new(self, file: _File) -> None:
@@ -229,12 +236,17 @@ class PosixDriver(Driver):
                 file.retire()
         self._perm_file = self._reopen_file = None
         self._fd = -1
-        self._let_engine_go()
+        self._let_engines_go()
 
-    def _let_engine_go(self) -> None:
+    def _let_engines_go(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
+            if self._batch_limit:
+                engine.unlimit_batch(self._batch_limit)
             engines.release(engine)
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            engines.release(pool)
 
     @property
     def engine(self) -> engines.Engine:
@@ -243,14 +255,17 @@ class PosixDriver(Driver):
         if engine is None:
             kind = "threads" if self.options.aio == BlockdevAioOptions.THREADS else "io_uring"
             engine = self._engine = engines.acquire(kind)
+            if self._batch_limit:
+                engine.limit_batch(self._batch_limit)
         return engine
 
     async def _call(self, func: Any, *args: Any) -> Any:
         """Run a function that waits, in a thread. The file stays open until it has ended."""
+        assert self._pool is not None
         file = self._file
         file.users += 1
         try:
-            return await self.engine.call(func, *args)
+            return await self._pool.call(func, *args)
         finally:
             file.release()
 
@@ -272,10 +287,7 @@ class PosixDriver(Driver):
 
     def check_perm(self, perm: int, shared: int) -> None:
         try:
-            if self._reopen_file is None:
-                self._prepare_file(perm)
-            elif self.node.auto_read_only and perm & _WRITERS and not self._reopen_file.writable:
-                self._replace_reopen_file(self._open_again(True, self._reopen_file.direct))
+            self._prepare_file(perm)
             self._check_locks(perm, ~shared & perms.ALL)
         except BaseException:
             self.abort_perm_update()
@@ -286,12 +298,17 @@ class PosixDriver(Driver):
         if self._perm_file is not None:
             self._perm_file.retire()
             self._perm_file = None
-        if not self.node.auto_read_only or self.node.read_only:
+        if self.node.read_only:
             return
-        writable = bool(perm & _WRITERS)
-        if writable != self._file.writable:
-            file = self._open_again(writable, self._direct)
-            self._perm_file = file
+        writable = bool(perm & _WRITERS) if self.node.auto_read_only else True
+        current = self._reopen_file or self._file
+        if writable != current.writable:
+            file = self._open_again(writable, current.direct)
+            if self._reopen_file is not None:
+                self._reopen_file.retire()
+                self._reopen_file = file
+            else:
+                self._perm_file = file
             if (
                 writable
                 and self._is_device
@@ -299,11 +316,6 @@ class PosixDriver(Driver):
                 and _ioctl.is_read_only(file.fd)
             ):
                 raise Error("The device is not writable", errno.EACCES)
-
-    def _replace_reopen_file(self, file: _File) -> None:
-        assert self._reopen_file is not None
-        self._reopen_file.retire()
-        self._reopen_file = file
 
     def _check_locks(self, perm: int, unshared: int) -> None:
         if not self._locking:
@@ -537,8 +549,6 @@ class PosixDriver(Driver):
         if self._flush_error:
             raise engines.error(self._flush_error)
         file = self._file
-        if not file.writable:
-            return
         file.users += 1
         try:
             await self.engine.fdatasync(file.fd)
@@ -619,7 +629,8 @@ class PosixDriver(Driver):
         raise engines.error(errno.ENOTSUP)
 
     def _in_thread(self, fd: int, func: Callable[..., None], *args: int) -> engines.Request:
-        return self.engine.call(func, fd, *args)
+        assert self._pool is not None
+        return self._pool.call(func, fd, *args)
 
     async def pdiscard(self, offset: int, length: int) -> None:
         self._changing()
