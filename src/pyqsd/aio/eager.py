@@ -44,7 +44,8 @@ def start(
     coro: Coroutine[Any, Any, T], done: Callable[[T | None, BaseException | None], None]
 ) -> asyncio.Task[T] | None:
     """Run `coro` now. If it finishes at once, call ``done(result, None)`` or ``done(None, exception)`` before returning
-    None; otherwise return the task that it has become, which calls `done` when it ends (the owner keeps and cancels it).
+    None; otherwise return the task that it has become, which calls `done` when it ends (the owner keeps and cancels
+    it).
     """
     try:
         waiting_for = coro.send(None)

@@ -236,12 +236,8 @@ def acquire(kind: str) -> Engine:
     loop = asyncio.get_running_loop()
     if kind == "io_uring" and not uring_available():
         kind = "threads"
+    _close_orphans()
     with _lock:
-        for key, engine in tuple(_engines.items()):
-            if engine.loop.is_closed():
-                # Its users went down with the loop.
-                del _engines[key]
-                engine.close()
         found = _engines.get((id(loop), kind))
         if found is None:
             if kind == "io_uring":
@@ -255,6 +251,16 @@ def acquire(kind: str) -> Engine:
             _engines[id(loop), kind] = found
         found.users += 1
         return found
+
+
+def _close_orphans() -> None:
+    """Close engines whose users went down with their loop."""
+    with _lock:
+        orphans = [(key, engine) for key, engine in _engines.items() if engine.loop.is_closed()]
+        for key, _ in orphans:
+            del _engines[key]
+    for _, engine in orphans:
+        engine.close()
 
 
 def release(engine: Engine) -> None:

@@ -29,8 +29,8 @@ from liburing import (
     io_uring_submit,
 )
 
-from pyqsd.aio.engine import NO_SPACE, Engine, Request, at_end, error, piece_of, rest_of, zero
-from pyqsd.aio.threads import ThreadsEngine, read_all, write_all
+from pyqsd.aio.engine import NO_SPACE, Engine, Request, acquire, at_end, error, piece_of, release, rest_of, zero
+from pyqsd.aio.threads import read_all, write_all
 
 #: Requests that the kernel gets at one time; more wait here. As QEMU's ring.
 _ENTRIES: Final = 128
@@ -113,7 +113,7 @@ class UringEngine(Engine):
         #: Entries in the submission queue that have not been submitted.
         self._pending = 0
         self._submit_scheduled = False
-        self._threads: ThreadsEngine | None = None
+        self._threads: Engine | None = None
         self._closed = False
         loop.add_reader(self._ring.ring_fd, self._reap)
 
@@ -147,7 +147,7 @@ class UringEngine(Engine):
 
     def call(self, func: Callable[..., Any], *args: Any) -> Request:
         if self._threads is None:
-            self._threads = ThreadsEngine(self.loop)
+            self._threads = acquire("threads")
         return self._threads.call(func, *args)
 
     def _start(self, operation: _Operation) -> None:
@@ -307,7 +307,7 @@ class UringEngine(Engine):
             self.loop.remove_reader(self._ring.ring_fd)
         ring_lib.io_uring_queue_exit(self._ring)
         if self._threads is not None:
-            self._threads.close()
+            release(self._threads)
 
     def _fail(self, operation: _Operation, number: int) -> None:
         """Its engine goes away before it has ended: never in the middle of a task, which may be the one that closes."""

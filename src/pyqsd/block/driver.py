@@ -132,6 +132,9 @@ class Driver:
     async def close(self) -> None:
         """Write back what is cached and release everything. Errors are reported, but it is closed after it anyway."""
 
+    async def activate(self) -> None:
+        """The node becomes active again: forget what is cached, because others may have changed the image meanwhile."""
+
     async def inactivate(self) -> None:
         """Write back everything cached, so that the image on disk is complete, without closing."""
 

@@ -400,8 +400,8 @@ class PosixDriver(Driver):
         if file is not None:
             file.retire()
 
-    async def drop_cache(self) -> None:
-        """Forget the clean pages that this host has cached, because another host may have written the file."""
+    async def activate(self) -> None:
+        """Unless ``drop-cache=off``, forget the pages that this host has cached: another one may have written the file."""
         if self.options.drop_cache is False or self._direct:
             return
         await self._call(_calls.drop_cache, self._fd)
