@@ -216,7 +216,8 @@ def decode(first: bytes | bytearray) -> Header:
     if header.refcount_order > 6:
         raise Error("Reference count entry width too large; may not exceed 64 bits", errno.EINVAL)
     if header.crypt_method > CRYPT_LUKS:
-        raise Error(f"Unsupported encryption method {header.crypt_method}", errno.EINVAL)
+        method = header.crypt_method - (header.crypt_method >> 31 << 32)
+        raise Error(f"Unsupported encryption method {method}", errno.EINVAL)
     _check_compression(header)
     _check_tables(header)
     return header
@@ -249,7 +250,7 @@ def l2_bits(header: Header) -> int:
 def l1_entries_for(header: Header, size: int) -> int:
     """How many L1 entries a disk of `size` bytes needs."""
     shift = header.cluster_bits + l2_bits(header)
-    return -(-size >> shift) if size < 0 else (size + (1 << shift) - 1) >> shift
+    return ((size + (1 << shift) - 1) & ((1 << 64) - 1)) >> shift
 
 
 def _check_tables(header: Header) -> None:
@@ -365,7 +366,7 @@ def _decode_bitmaps(header: Header, data: bytes) -> None:
         raise Error("found bitmaps extension with zero bitmaps", errno.EINVAL)
     if offset & (header.cluster_size - 1):
         raise Error("bitmaps_ext: invalid bitmap directory offset", errno.EINVAL)
-    limit = 65535 * (24 + 1023 + 16)
+    limit = 65535 * 1024
     if size > limit:
         raise Error(
             f"bitmaps_ext: bitmap directory size ({size}) exceeds the maximum supported size ({limit})", errno.EINVAL

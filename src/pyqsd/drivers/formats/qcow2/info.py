@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import struct
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyqsd.block.info import ImageInfoSpecific, SnapshotInfo
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.options import BlockdevQcow2EncryptionFormat
+from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import Struct, Uint32
 
 if TYPE_CHECKING:
@@ -71,19 +73,34 @@ __all__ = ["BlockdevQcow2EncryptionFormat"]
 _BITMAP = struct.Struct(">QIIBBHI")
 
 
-def decode_bitmap_directory(data: bytes | bytearray, count: int) -> list[Qcow2BitmapInfo]:
-    """The bitmaps of a directory (QEMU docs/interop/qcow2, "Bitmap directory"). Raises ValueError if it is broken."""
+def decode_bitmap_directory(data: bytes | bytearray, count: int, cluster_size: int) -> list[Qcow2BitmapInfo]:
+    """The bitmaps of a directory (QEMU docs/interop/qcow2, "Bitmap directory"). Raises Error."""
     found: list[Qcow2BitmapInfo] = []
     at = 0
     while at < len(data):
         if len(data) - at < _BITMAP.size:
-            raise ValueError("bitmap directory is too short")
-        _, _, flags, kind, granularity_bits, name_size, extra = _BITMAP.unpack_from(data, at)
+            raise Error("Broken bitmap directory", errno.EINVAL)
+        offset, entries, flags, kind, granularity_bits, name_size, extra = _BITMAP.unpack_from(data, at)
         size = _BITMAP.size + extra + name_size
         padded = -(-size // 8) * 8
-        if padded > len(data) - at or kind != 1 or not 9 <= granularity_bits <= 31 or not 1 <= name_size <= 1023:
-            raise ValueError("bitmap directory is broken")
-        name = bytes(data[at + _BITMAP.size + extra : at + size]).decode("utf-8", "replace")
+        if padded > len(data) - at:
+            raise Error("Broken bitmap directory", errno.EINVAL)
+        if len(found) == count:
+            raise Error("More bitmaps found than specified in header extension", errno.EINVAL)
+        if extra:
+            raise Error("Bitmap extra data is not supported", errno.EINVAL)
+        name = bytes(data[at + _BITMAP.size : at + size]).decode("utf-8", "replace")
+        if (
+            not entries
+            or offset & (cluster_size - 1)
+            or not offset
+            or entries > 0x8000000
+            or kind != 1
+            or not 9 <= granularity_bits <= 31
+            or not 1 <= name_size <= 1023
+            or flags & ~3
+        ):
+            raise Error(f"Bitmap '{name}' doesn't satisfy the constraints", errno.EINVAL)
         shown = []
         if flags & 1:
             shown.append(Qcow2BitmapInfoFlags.IN_USE)
@@ -92,7 +109,7 @@ def decode_bitmap_directory(data: bytes | bytearray, count: int) -> list[Qcow2Bi
         found.append(Qcow2BitmapInfo(name=name, granularity=1 << granularity_bits, flags=shown))
         at += padded
     if len(found) != count:
-        raise ValueError("bitmap directory does not have as many bitmaps as the header says")
+        raise Error("Less bitmaps found than specified in header extension", errno.EINVAL)
     return found
 
 

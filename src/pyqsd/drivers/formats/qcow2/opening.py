@@ -60,6 +60,8 @@ def _refuse_unsupported(header: headers.Header, options: Options) -> None:
 
 async def open_image(node: Node, file: Node, header: headers.Header, options: Options) -> Image:
     """Read the tables that stay in memory. Raises Error."""
+    if header.size > (1 << 63) - 1:
+        raise Error("Could not refresh total sector count: File too large", errno.EFBIG)
     size = header.size & ~511
     image = Image(node, file, header, settings(options, header, node.discard_unmap, size))
     image.touched_end = file.length
@@ -156,8 +158,6 @@ async def read_bitmaps(image: Image) -> list[info.Qcow2BitmapInfo]:
         return []
     try:
         data = await image.file.pread(directory.directory_offset, directory.directory_size)
-        return info.decode_bitmap_directory(data, directory.count)
+        return info.decode_bitmap_directory(data, directory.count, image.cluster_size)
     except OSError as exc:
         raise Error("Failed to read bitmap directory", exc.errno or errno.EIO) from exc
-    except ValueError:
-        raise Error("Broken bitmap directory", errno.EINVAL) from None

@@ -128,6 +128,11 @@ _INT_MAX = (1 << 31) - 1
 
 def settings(options: Options, header: Header, discard_unmap: bool, image_size: int) -> Settings:
     """Check `options` against the image and fill in the defaults. Raises Error with EINVAL."""
+    for name in ("cache_size", "l2_cache_size", "l2_cache_entry_size", "refcount_cache_size"):
+        value = getattr(options, name)
+        if value is not None and value < 0:
+            wire = name.replace("_", "-")
+            raise Error(f"Value '{value}' is out of range for parameter '{wire}'", errno.EINVAL)
     cluster = header.cluster_size
     slice_bytes = options.l2_cache_entry_size
     if slice_bytes is None:
@@ -187,11 +192,9 @@ def _cache_sizes(options: Options, header: Header, image_size: int) -> tuple[int
     """The sizes of the L2 and the refcount cache; the combined size goes to the L2 tables first."""
     cluster = header.cluster_size
     combined, l2, refcount = options.cache_size, options.l2_cache_size, options.refcount_cache_size
-    # QAPI has these as signed numbers, but they are sizes: a negative one is a very large one.
-    combined, l2, refcount = (None if v is None else v & (1 << 64) - 1 for v in (combined, l2, refcount))
     minimum_refcount = 4 * cluster
     # What it takes to have all L2 tables in memory.
-    needed = -(-max(image_size, 0) // (cluster << 0)) * (16 if header.incompatible & 16 else 8)
+    needed = -(-image_size // cluster) * (16 if header.incompatible & 16 else 8)
     needed = -(-needed // cluster) * cluster
     if combined is not None:
         if l2 is not None and refcount is not None:
@@ -212,8 +215,8 @@ def _cache_sizes(options: Options, header: Header, image_size: int) -> tuple[int
         else:
             refcount = min(combined, minimum_refcount)
             l2 = combined - refcount
-    if l2 is None:
-        l2 = min(_DEFAULT_L2_CACHE, needed)
+    # More than all tables is of no use.
+    l2 = min(_DEFAULT_L2_CACHE if l2 is None else l2, needed)
     if refcount is None:
         refcount = minimum_refcount
     return max(l2, 2 * cluster), max(refcount, minimum_refcount)
