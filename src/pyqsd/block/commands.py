@@ -58,7 +58,10 @@ async def block_resize(graph: Graph, /, *, device: str | None = None, node_name:
 @command("block-set-write-threshold")
 async def block_set_write_threshold(graph: Graph, /, *, node_name: str, write_threshold: Uint64) -> None:
     """Send BLOCK_WRITE_THRESHOLD once when a write goes beyond this offset in bytes; 0: never."""
-    graph.find(node_name).write_threshold = write_threshold
+    node = graph.nodes.get(node_name)
+    if node is None:
+        raise Error(f"Device '{node_name}' not found")
+    node.write_threshold = write_threshold
 
 
 def lookup(graph: Graph, device: str | None, node_name: str | None) -> Node:

@@ -338,10 +338,17 @@ class Node:
             raise OSError(errno.EPERM, "Node is read-only")
 
     async def _tracked_write(
-        self, start: int, end: int, serialising: bool, action: Callable[[], Awaitable[None]], offset: int, length: int
+        self,
+        start: int,
+        end: int,
+        serialising: bool,
+        action: Callable[[], Awaitable[None]],
+        offset: int,
+        length: int,
+        discard: bool = False,
     ) -> None:
         """Run a write that touches ``[start, end)``, after the writes that it must not overlap; `offset` and `length`
-        are what the user asked for."""
+        are what the user asked for. A `discard` changes the content, but needs no space."""
         request = Tracked(start, end, serialising)
         self.in_flight += 1
         self._tracked.add(request)
@@ -355,10 +362,10 @@ class Node:
             # Even a failed write may have changed something.
             self._write_generation += 1
             new_end = offset + length
-            if new_end > self.wr_highest_offset:
+            if new_end > self.wr_highest_offset and not discard:
                 self.wr_highest_offset = new_end
             if self.dirty_bitmaps or self.write_threshold:
-                self._written(offset, length)
+                self._written(offset, length, discard)
             self._tracked.discard(request)
             if serialising:
                 self._serialising -= 1
@@ -388,11 +395,11 @@ class Node:
             finally:
                 request.waits_for = None
 
-    def _written(self, offset: int, length: int) -> None:
+    def _written(self, offset: int, length: int, discard: bool = False) -> None:
         for bitmap in self.dirty_bitmaps.values():
             if bitmap.enabled:
                 bitmap.mark(offset, length)
-        if self.write_threshold and offset + length > self.write_threshold:
+        if self.write_threshold and offset + length > self.write_threshold and not discard:
             write_threshold.exceeded(self, offset, length)
 
     async def _write_padded(self, offset: int, length: int, iov: list[memoryview], flags: int, align: int) -> None:
@@ -525,7 +532,7 @@ class Node:
             end = end // align * align
         if start >= end:
             return
-        await self._tracked_write(start, end, False, lambda: self._discard(start, end), start, end - start)
+        await self._tracked_write(start, end, False, lambda: self._discard(start, end), start, end - start, True)
 
     async def _discard(self, start: int, end: int) -> None:
         most = self.limits.max_pdiscard or end - start
