@@ -10,6 +10,8 @@ import errno
 from typing import TYPE_CHECKING
 
 from pyqsd.block.driver import MAY_UNMAP
+from pyqsd.block.extents import DATA
+from pyqsd.block.extents import ZERO as READS_ZERO
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from pyqsd.drivers.formats.qcow2.write import InFlight
@@ -40,7 +42,10 @@ class Unmapper:
         if offset & image.cluster_mask or (end & image.cluster_mask and end != image.node.length):
             await self._check_edges_zero(offset, end)
         if image.header.version < 3:
-            raise OSError(errno.ENOTSUP, "zero clusters need version 3")
+            if image.backing is not None:
+                raise OSError(errno.ENOTSUP, "zero clusters need version 3")
+            await self.discard(offset, length, "request", False)
+            return
         unmap = bool(flags & MAY_UNMAP)
         keep = image.settings.discard_no_unref
 
@@ -54,16 +59,15 @@ class Unmapper:
         await self._change(offset, end, change, None, "request")
 
     async def _check_edges_zero(self, offset: int, end: int) -> None:
-        """A part of a cluster can become a zero cluster if the rest of it reads as zeroes already."""
-        from pyqsd.block.extents import ZERO as READS_ZERO
-
+        """A part of a cluster can become a zero cluster if nothing is stored in it and the rest of it reads as zeroes
+        already."""
         image = self.image
         start = offset & ~image.cluster_mask
         stop = min((end + image.cluster_mask) & ~image.cluster_mask, image.node.length)
         for at, until in ((start, offset), (end, stop)):
             while at < until:
                 (n, flags, _, _), _ = await image.node.block_status_above(None, at, until - at)
-                if not n or not flags & READS_ZERO:
+                if not n or not flags & READS_ZERO or (await image.node.driver.load_map(at, 1))[1] & DATA:
                     raise OSError(errno.ENOTSUP, "not whole clusters")
                 at += n
 
