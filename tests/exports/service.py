@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pyqsd.block.graph import Graph
-from pyqsd.block.options import BlockdevOptions
-from pyqsd.exports.export import BlockExportOptions, Exports
+from pyqsd.exports.nbd.export import NbdExport
 from pyqsd.exports.nbd.server import NbdServer, NbdServerOptions
-from pyqsd.qapi.command import Event, EventBus
+from pyqsd.monitor.daemon import Daemon
 from pyqsd.qapi.convert import convert
-
+from pyqsd.qapi.errors import Error
 from tests.exports.rawnbd import RawClient
 
 T = TypeVar("T")
 TIMEOUT = 30.0
 
 
+def wire(members: dict[str, Any]) -> dict[str, Any]:
+    """Python's spelling of names into the wire's."""
+    return {name.replace("_", "-"): value for name, value in members.items()}
+
+
 class Service:
-    """Graph, exports and NBD server; `run` runs a coroutine in their loop. Leaving the block shuts everything down and
-    fails if the loop's exception handler was called."""
+    """A daemon; `run` runs a coroutine in its loop. Leaving the block shuts everything down and fails if the loop's
+    exception handler was called."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -33,19 +36,20 @@ class Service:
         self.loop.set_exception_handler(lambda loop, context: self.accidents.append(context))
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.events: list[Event] = []
-        self.bus = EventBus()
-        self.bus.subscribe(self.events.append)
-        self.graph = Graph(self.bus)
-        self.exports = Exports(self.graph, self.bus)
+        self.events: list[dict[str, Any]] = []
+        self.daemon: Daemon = self.call(Daemon)
+        self.daemon.on_event(self.events.append)
+        self.exports = self.daemon.exports
+        self.graph = self.daemon.graph
 
     def run(self, coro: Coroutine[Any, Any, T], timeout: float = TIMEOUT) -> T:
+        """The result of `coro`, run in the daemon's loop."""
         return asyncio.run_coroutine_threadsafe(coro, self.loop).result(timeout)
 
-    def call(self, function: Any, *args: Any) -> Any:
+    def call(self, function: Callable[..., T], *args: Any) -> T:
         """Call a plain function in the loop's thread."""
 
-        async def doing() -> Any:
+        async def doing() -> T:
             return function(*args)
 
         return self.run(doing())
@@ -54,16 +58,12 @@ class Service:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        async def end() -> None:
-            await self.exports.shutdown()
-            await self.graph.close_all()
-
         try:
-            self.run(end())
+            self.run(self.daemon.shutdown())
         finally:
             self.loop.call_soon_threadsafe(self.loop.stop)
             self.thread.join(TIMEOUT)
-            self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+            self.loop.run_until_complete(self.loop.shutdown_default_executor())
             self.loop.close()
         assert not self.accidents, self.accidents
 
@@ -71,21 +71,38 @@ class Service:
 
     @property
     def server(self) -> NbdServer:
-        return self.exports.shared(NbdServer)
+        return self.daemon.nbd_server
 
-    def blockdev(self, **options: Any) -> Any:
-        wire = {name.replace("_", "-"): value for name, value in options.items()}
-        return self.run(self.graph.add(convert(wire, BlockdevOptions)))
+    def qmp(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The reply as QMP has it: ``{"return": …}`` or ``{"error": …}``."""
+        try:
+            result = self.run(self.daemon.qmp(command, arguments or {}))
+        except Error as exc:
+            return {"error": {"class": exc.qmp_class, "desc": exc.desc}}
+        return {"return": {} if result is None else result}
+
+    def must(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """What the command returns; fails if it fails."""
+        reply = self.qmp(command, arguments)
+        assert "return" in reply, reply
+        return reply["return"]
+
+    def blockdev(self, **options: Any) -> None:
+        self.must("blockdev-add", wire(options))
 
     def start(self, address: dict[str, Any] | None = None, **options: Any) -> None:
-        wire = {name.replace("_", "-"): value for name, value in options.items()}
-        wire["addr"] = address or {"type": "unix", "path": self.path}
-        self.run(self.server.start_from(convert(wire, NbdServerOptions)))
+        """Start the NBD server as the command line does."""
+        members = wire(options) | {"addr": address or {"type": "unix", "path": self.path}}
+        self.run(self.server.start_from(convert(members, NbdServerOptions)))
 
-    def export(self, node: str, id: str | None = None, **options: Any) -> Any:
-        wire = {name.replace("_", "-"): value for name, value in options.items()}
-        wire |= {"type": "nbd", "id": id or node, "node-name": node}
-        return self.run(self.exports.add(convert(wire, BlockExportOptions)))
+    def export(self, node: str, id: str | None = None, **options: Any) -> NbdExport:
+        self.must("block-export-add", wire(options) | {"type": "nbd", "id": id or node, "node-name": node})
+        export = self.exports.find(id or node)
+        assert isinstance(export, NbdExport)
+        return export
+
+    def uri(self, name: str = "") -> str:
+        return f"nbd+unix:///{name}?socket={self.path}"
 
     def image(self, name: str, size: int, *, data: dict[int, bytes] | None = None, **options: Any) -> Path:
         """A raw file with a node of the same name (driver raw on file) above it."""

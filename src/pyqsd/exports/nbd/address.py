@@ -9,7 +9,6 @@ import random
 import re
 import socket
 import stat
-import tempfile
 from enum import StrEnum
 from typing import cast
 
@@ -173,6 +172,8 @@ def _listen_unix(address: UnixSocketAddress) -> Listener:
             name = name.ljust(_PATH_MAX, b"\0")
         return _bound(socket.AF_UNIX, name, f"Failed to bind socket to {address.path}")
     if not path:
+        import tempfile  # (not needed by anybody else at the start)
+
         path = os.fsencode(f"{tempfile.gettempdir()}/pyqsd-socket-{random.randrange(1 << 32):08x}")
     if len(path) >= _PATH_MAX:
         # (The kernel would also take a path that just fills its room; Python's sockets do not.)

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import select
 import socket
 from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
 from itertools import islice
+from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, cast
 
 from pyqsd.aio import eager
@@ -52,6 +55,8 @@ _TURN_BYTES: Final = 8 << 20
 #: Socket buffers are to be this large if the system lets them.
 _SOCKET_BUFFER: Final = 4 << 20
 _IOV: Final = 64
+#: Nanoseconds to look out for the next request before the event loop goes to sleep.
+_LINGER: Final = int(os.environ.get("LINGER", 30_000)) if len(os.sched_getaffinity(0)) > 1 else 0
 
 _READ: Final = p.CMD_READ
 _WRITE: Final = p.CMD_WRITE
@@ -106,6 +111,12 @@ class Connection:
         self._bulk = False
         self._requests = 0
         self._bytes = 0
+        #: Batches that are not followed by lingering, because that was in vain the last times.
+        self._linger_pause = 0
+        self._linger_failures = 0
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        self._poll = poll.poll
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # --- life -------------------------------------------------------------------------------------------------------
@@ -271,13 +282,33 @@ class Connection:
                     self._unwatch()
                 self._serve()
                 budget -= n
+                if n == 0 or budget <= 0 or self._stalled or self._closed:
+                    return
                 # A large payload goes on coming while the client is on another processor.
-                if self._payload_buffer is None or n == 0 or budget <= 0 or self._stalled or self._closed:
+                if self._payload_buffer is None and not self._linger():
                     return
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             self.abort()
+
+    def _linger(self) -> bool:
+        """Whether the next request came within a moment. Going to sleep and being woken up takes longer than most
+        clients need for their next request, so that waiting pays as long as there is nobody else to serve."""
+        if self._linger_pause:
+            self._linger_pause -= 1
+            return False
+        if self._requests or not _LINGER or self._reading is False or not self._server.alone:
+            return False
+        ready = self._poll
+        end = perf_counter_ns() + _LINGER
+        while not ready(0):
+            if perf_counter_ns() > end:
+                self._linger_failures = min(self._linger_failures + 1, 6)
+                self._linger_pause = (1 << self._linger_failures) - 1
+                return False
+        self._linger_failures = 0
+        return True
 
     def _receive(self) -> int:
         """Receive what is there: the number of bytes, 0 at the end. Raises BlockingIOError, OSError."""
@@ -521,6 +552,9 @@ class Connection:
         if kind == _WRITE:
             return self._write_request(flags, cookie, offset, length, position, end)
         if not effect and kind != p.CMD_FLUSH:
+            if kind == p.CMD_READ and self.mode == p.STRUCTURED:
+                self._chunk(cookie, offset, p.REPLY_NONE, b"")
+                return position
             if flags & p.CMD_FLAG_FUA and kind in (p.CMD_TRIM, p.CMD_WRITE_ZEROES):
                 kind = p.CMD_FLUSH
             else:

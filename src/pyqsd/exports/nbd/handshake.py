@@ -233,11 +233,14 @@ class Handshake:
             return self._meta_context(option, data)
         return p.option_reply(option, p.REP_ACK)
 
-    def _flags(self, export: Offered) -> int:
+    def _flags(self, export: Offered, option: int) -> int:
         flags = export.flags
         if self.mode >= p.STRUCTURED:
             flags |= p.SEND_DF
-        if self.mode == p.EXTENDED and self._contexts.export is export and self._contexts.ids:
+        if self.mode == p.EXTENDED and (
+            option == p.OPT_INFO or (self._contexts.export is export and self._contexts.ids)
+        ):
+            # What it depends on may still come after INFO.
             flags |= p.BLOCK_STATUS_PAYLOAD
         return flags
 
@@ -246,7 +249,9 @@ class Handshake:
         if export is None:
             raise p.Violation("export not found")
         self.chosen = export
-        return struct.pack(">QH", export.size, self._flags(export)) + bytes(0 if self._no_zeroes else 124)
+        return struct.pack(">QH", export.size, self._flags(export, p.OPT_EXPORT_NAME)) + bytes(
+            0 if self._no_zeroes else 124
+        )
 
     def _list(self) -> bytes:
         out = bytearray()
@@ -283,7 +288,7 @@ class Handshake:
         # A client that does not ask for sizes cannot be expected to heed them; it may send anything.
         shown = minimum if asked_sizes or option == p.OPT_INFO else 1
         info(p.INFO_BLOCK_SIZE, struct.pack(">III", shown, max(4096, shown), export.maximum_payload))
-        info(p.INFO_EXPORT, struct.pack(">QH", export.size, self._flags(export)))
+        info(p.INFO_EXPORT, struct.pack(">QH", export.size, self._flags(export, option)))
         if option == p.OPT_INFO and not asked_sizes and minimum > 1:
             out += self._error(option, p.REP_ERR_BLOCK_SIZE_REQD, "request NBD_INFO_BLOCK_SIZE to use this export")
             return bytes(out)

@@ -79,6 +79,11 @@ class NbdServer:
             self._all_gone.set()
         self._accept_more()
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is no more than one connection."""
+        return len(self._connections) < 2
+
     # --- life -------------------------------------------------------------------------------------------------------
 
     async def start(
