@@ -9,7 +9,7 @@ branches live beside their drivers::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from pyqsd.block import registry
@@ -32,6 +32,10 @@ class ImageInfoSpecific(Struct, tag_field="type", tag="pyqsd-base"):
 
 class BlockStatsSpecific(Struct, tag_field="driver", tag="pyqsd-base"):
     """Statistics that only nodes of one driver have (``BlockStats.driver-specific``); tagged with the driver's name."""
+
+    @classmethod
+    def tags(cls) -> Iterable[str]:
+        return registry.driver_names()
 
     @classmethod
     def branches(cls) -> Mapping[str, type[Struct]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pyqsd.chardev import registry
 from pyqsd.qapi.types import Struct
@@ -18,6 +18,8 @@ class ChardevCommon(Struct):
 
 class ChardevBackend(Struct, tag_field="type", tag="pyqsd-base"):
     """A backend and its options: each branch has the backend's own struct as ``data``."""
+
+    __tag_features__: ClassVar[Mapping[str, tuple[str, ...]]] = {"memory": ("deprecated",)}
 
     @property
     def data(self) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum, StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -76,7 +76,7 @@ class SchemaInfoEnum(SchemaInfo, tag="enum", kw_only=True):
     """An enumeration."""
 
     members: list[SchemaInfoEnumMember]
-    values: list[str]
+    values: Annotated[list[str], Features("deprecated")]
 
 
 class SchemaInfoArray(SchemaInfo, tag="array", kw_only=True):
@@ -220,6 +220,8 @@ class _Schema:
         alternatives = union_members(typ)
         if alternatives is not None:
             return self._name(typ, lambda name: self._alternate(name, alternatives))
+        if not isinstance(typ, type) or not issubclass(typ, (Enum, Struct)):
+            raise TypeError(f"{typ!r} is not a wire type")
         if issubclass(typ, Enum):
             features = getattr(typ, "__member_features__", {})
             values = [str(member.value) for member in typ]
@@ -251,13 +253,15 @@ class _Schema:
         tag_field, base_tag = tag_of(cls)
         common = _members(cls)
         inherited = {wire for wire, _, _ in common}
-        branches = {tag: branch for tag, branch in cls.branches().items() if tag != base_tag}
+        branches = cls.branches()
+        tags = [tag for tag in cls.tags() if tag != base_tag]
         variants: list[SchemaInfoObjectVariant] = []
-        for tag, branch in branches.items():
+        for tag in tags:
+            branch = branches.get(tag, cls)
             own = [member for member in _members(branch) if member[0] not in inherited]
             variant = self._object(("variant", cls, tag), own, branch.__dict__.get("__features__", ()))
             variants.append(SchemaInfoObjectVariant(case=tag, type_=variant))
-        tag_type = self._enum(("tag", cls), list(branches), getattr(cls, "__tag_features__", {}), ())
+        tag_type = self._enum(("tag", cls), tags, cls.__tag_features__, ())
         self.infos.append(
             SchemaInfoObject(
                 name=name,

@@ -21,7 +21,7 @@ features            ``Annotated[T, Features("deprecated")]`` on members, ``__fea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, ClassVar, Final
 
 import msgspec
@@ -91,6 +91,8 @@ class Struct(msgspec.Struct, kw_only=True, omit_defaults=True, rename=wire_name)
     """A QAPI struct, or with ``tag_field`` the base of a union."""
 
     __features__: ClassVar[tuple[str, ...]] = ()
+    #: Features of single values of a union's tag.
+    __tag_features__: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     @classmethod
     def branches(cls) -> Mapping[str, type[Struct]]:
@@ -101,6 +103,11 @@ class Struct(msgspec.Struct, kw_only=True, omit_defaults=True, rename=wire_name)
             if isinstance(tag, str) and sub.__struct_config__.tag_field:
                 found[tag] = sub
         return found
+
+    @classmethod
+    def tags(cls) -> Iterable[str]:
+        """The values of this union's tag; one without a branch has no further members (only in what is told)."""
+        return cls.branches()
 
     @classmethod
     def branch(cls, tag: str) -> type[Struct] | None:
