@@ -106,26 +106,26 @@ data = os.urandom(size)
 h.pwrite(data, 777)
 assert h.pread(size + 20, 767) == bytes(10) + data + bytes(10)
 other = os.urandom(size)
-h.pwrite(other, 5 * (1 << 20), nbd.CMD_FLAG_FUA)
+h.pwrite(other, 6 * (1 << 20), nbd.CMD_FLAG_FUA)
 h.flush()
 h.trim(512, 0)
 h.cache(4096, 0)
 h.zero(size, 777, nbd.CMD_FLAG_NO_HOLE)
 assert h.pread(size, 777) == bytes(size)
-assert h.pread(size, 5 * (1 << 20)) == other
+assert h.pread(size, 6 * (1 << 20)) == other
 if structured:
-    assert h.pread_structured(size, 5 * (1 << 20), lambda *args: 0, nbd.CMD_FLAG_DF) == other
+    assert h.pread_structured(size, 6 * (1 << 20), lambda *args: 0, nbd.CMD_FLAG_DF) == other
 # Many at once, of all sizes.
 buffers = []
 for i in range(64):
     n = 1 + i * size // 64
     buffer = nbd.Buffer(n)
-    buffers.append((buffer, i, n, h.aio_pread(buffer, 5 * (1 << 20) + i)))
+    buffers.append((buffer, i, n, h.aio_pread(buffer, 6 * (1 << 20) + i)))
 waiting = {cookie for _, _, _, cookie in buffers}
 while waiting:
     h.poll(-1)
     waiting -= {cookie for cookie in waiting if h.aio_command_completed(cookie)}
-whole = h.pread(size + 64, 5 * (1 << 20))
+whole = h.pread(size + 64, 6 * (1 << 20))
 for buffer, i, n, _ in buffers:
     assert buffer.to_bytearray() == whole[i:i + n], (i, n)
 h.shutdown()
