@@ -205,7 +205,7 @@ def _protocol(name: str) -> _Tree:
         return {"driver": "file", "filename": name}
     prefix = name.partition(":")[0]
     for driver in (prefix, prefix.partition("+")[0]):
-        if driver in registry.driver_names():
+        if registry.is_driver(driver):
             cls = registry.driver_class(driver)
             if cls.is_protocol:
                 tree: _Tree = {"driver": driver, **cls.parse_filename(name)}
@@ -215,7 +215,7 @@ def _protocol(name: str) -> _Tree:
 
 
 def _driver_class(name: str) -> type[Driver]:
-    if name not in registry.driver_names():
+    if not registry.is_driver(name):
         raise Error(f"Unknown driver '{name}'", errno.ENOENT)
     return registry.driver_class(name)
 

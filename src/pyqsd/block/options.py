@@ -53,7 +53,7 @@ class BlockdevOptions(Struct, tag_field="driver", tag="pyqsd-base"):
 
     @classmethod
     def branch(cls, tag: str) -> type[Struct] | None:
-        return registry.driver_class(tag).Options if tag in registry.driver_names() else None
+        return registry.driver_class(tag).Options if registry.is_driver(tag) else None
 
 
 #: A new node in line, or the name of an existing one.
