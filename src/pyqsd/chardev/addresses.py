@@ -150,6 +150,11 @@ async def _resolve(address: InetSocketAddress, passive: bool) -> list[tuple[int,
         raise Error("Cannot disable IPv4 and IPv6 at same time")
     if not passive and not (address.host and address.port):
         raise Error("host and/or port not specified")
+    unresolved = Error(
+        f"address resolution failed for {address.host}:{address.port}: {_GAI_TEXTS[socket.EAI_NONAME]}", errno.EINVAL
+    )
+    if not address.host and not address.port:
+        raise unresolved
     family = socket.AF_UNSPEC
     if bool(ipv4) != bool(ipv6):
         family = socket.AF_INET if ipv4 else socket.AF_INET6
@@ -166,17 +171,17 @@ async def _resolve(address: InetSocketAddress, passive: bool) -> list[tuple[int,
         text = _GAI_TEXTS.get(exc.errno or 0, exc.strerror)
         raise Error(f"address resolution failed for {address.host}:{address.port}: {text}") from exc
     except (UnicodeError, ValueError) as exc:
-        text = _GAI_TEXTS[socket.EAI_NONAME]
-        raise Error(f"address resolution failed for {address.host}:{address.port}: {text}") from exc
+        raise unresolved from exc
     return [(entry[0], entry[4]) for entry in found]
 
 
 def _unix_name(address: UnixSocketAddress) -> bytes:
     """The name for the kernel. Raises Error when it is too long."""
     path = os.fsencode(address.path)
-    if len(path) + bool(address.abstract) > _UNIX_PATH_MAX or b"\0" in path:
-        limit = _UNIX_PATH_MAX - bool(address.abstract)
-        raise Error(f"UNIX socket path '{address.path}' is too long", hint=f"Path must be less than {limit} bytes")
+    if len(path) + 1 > _UNIX_PATH_MAX or b"\0" in path:
+        raise Error(
+            f"UNIX socket path '{address.path}' is too long", hint=f"Path must be less than {_UNIX_PATH_MAX} bytes"
+        )
     if not address.abstract:
         return path
     return b"\0" + path if address.tight is not False else (b"\0" + path).ljust(_UNIX_PATH_MAX, b"\0")
@@ -307,8 +312,10 @@ def _listen_unix(address: UnixSocketAddress, backlog: int) -> Listener:
 def _unlink_stale(path: str) -> None:
     """Remove a socket that an earlier program has left behind; never anything else, which may be somebody's data."""
     try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISSOCK(mode) and not stat.S_ISDIR(mode):
+            raise Error(f"Failed to unlink socket {path}: it is not a socket", errno.EEXIST)
+        os.unlink(path)
     except FileNotFoundError:
         pass
     except NotADirectoryError:

@@ -73,7 +73,7 @@ class PtyChardev(Chardev):
         if any(events & select.POLLHUP for _, events in poll.poll(0)):
             self._look = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look_for_peer)
             return
-        self._stream = Stream(self._master, self._master, self._received, self._lost, watch_hangup=True)
+        self._stream = Stream(self._master, self._master, self._received, self._lost)
         self._opened()
         self._update_reading()
 
@@ -117,7 +117,7 @@ class PtyChardev(Chardev):
 
     def _update_reading(self) -> None:
         if self._stream is not None:
-            self._stream.read(self._wants_input)
+            self._stream.read(self._wants_input, watch=self.frontend is None)
 
 
 CHARDEV = PtyChardev

@@ -22,6 +22,9 @@ from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import Features, Struct
 from pyqsd.trace import report
 
+#: Seconds after which a failed accept is tried again.
+_ACCEPT_AGAIN = 0.5
+
 
 class SocketAddressLegacy(Struct, tag_field="type", tag="pyqsd-base"):
     """A socket address whose members are one level down, in ``data``."""
@@ -92,6 +95,7 @@ class SocketChardev(Chardev):
         self._retry_after = 0.0
         self._listener: addresses.Listener | None = None
         self._accepting = False
+        self._retry: asyncio.TimerHandle | None = None
         self._sock: socket.socket | None = None
         self._stream: Stream | None = None
         self._description = ""
@@ -173,7 +177,8 @@ class SocketChardev(Chardev):
         """Refuse options that contradict each other. Raises Error."""
         options = self.options
         if options.tls_creds is not None:
-            raise Error("chardev: socket: TLS is not supported: 'tls-creds'")
+            # There are no objects that could be meant.
+            raise Error(f"No TLS credentials with id '{options.tls_creds}'")
         if options.tls_authz is not None:
             raise Error("'tls_authz' option requires 'tls_creds' option")
         if not self._server:
@@ -197,6 +202,8 @@ class SocketChardev(Chardev):
             await asyncio.gather(self._connecting, return_exceptions=True)
             self._connecting = None
         self._accept(False)
+        if self._retry is not None:
+            self._retry.cancel()
         if self._listener is not None:
             self._listener.close()
             self._listener = None
@@ -221,8 +228,13 @@ class SocketChardev(Chardev):
             return
         try:
             sock, _ = listening.accept()
+        except BlockingIOError:
+            return  # it has gone again
         except OSError:
-            return  # it has gone again, or there is no descriptor left: the next turn tries again
+            # No descriptor or memory is left: asking again at once would only burn time.
+            self._accept(False)
+            self._retry = asyncio.get_running_loop().call_later(_ACCEPT_AGAIN, self._accept, True)
+            return
         sock.setblocking(False)
         self._accept(False)
         self._connected(sock)
@@ -242,9 +254,7 @@ class SocketChardev(Chardev):
         except OSError:
             pass  # it has gone already, as reading will show
         self._description = self._describe(sock)
-        self._stream = Stream(
-            sock.fileno(), sock.fileno(), self._received, self._lost, self._overflowed, watch_hangup=True
-        )
+        self._stream = Stream(sock.fileno(), sock.fileno(), self._received, self._lost, self._overflowed)
         self._opened()
         self._update_reading()
 
@@ -325,7 +335,7 @@ class SocketChardev(Chardev):
 
     def _update_reading(self) -> None:
         if self._stream is not None:
-            self._stream.read(self._wants_input)
+            self._stream.read(self._wants_input, watch=self.frontend is None)
 
 
 class _FromCommandLine(ChardevSocket, kw_only=True):

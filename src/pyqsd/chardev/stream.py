@@ -33,8 +33,6 @@ class Stream:
         received: Callable[[bytes], None],
         ended: Callable[[], None],
         overflowed: Callable[[], None] = lambda: None,
-        *,
-        watch_hangup: bool = False,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._input = input_fd
@@ -52,17 +50,18 @@ class Stream:
         self._flush_soon: asyncio.Handle | None = None
         self._closed = False
         self._hangup: select.epoll | None = None
-        self._watch_hangup = watch_hangup and input_fd >= 0
-        self._update()
+        self._watch = False
 
     @property
     def pressed(self) -> bool:
         """The other side does not take what is written."""
         return self._pressed
 
-    def read(self, wanted: bool) -> None:
-        """Start or stop reading."""
+    def read(self, wanted: bool, watch: bool = False) -> None:
+        """Start or stop reading. `watch`: without reading, notice at least when the other side hangs up, although what
+        it sent last is lost then."""
         self._wanted = wanted
+        self._watch = watch
         self._update()
 
     def write(self, data: bytes) -> None:
@@ -107,7 +106,7 @@ class Stream:
                 self._file_read = None
             else:
                 self._loop.remove_reader(self._input)
-        if self._watch_hangup and not self._wanted:
+        if self._watch and not self._wanted:
             if self._hangup is None:
                 self._hangup = select.epoll()
                 self._hangup.register(self._input, 0)
