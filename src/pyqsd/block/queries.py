@@ -31,7 +31,8 @@ from pyqsd.qapi.command import command
 @command("query-named-block-nodes")
 async def query_named_block_nodes(graph: Graph, /, *, flat: bool | None = None) -> list[BlockDeviceInfo]:
     """All nodes, the newest first; with `flat` without the images below each."""
-    return [device_info(node, bool(flat)) for node in reversed(nodes_in_order(graph))]
+    seen: dict[Node, ImageInfo] = {}
+    return [device_info(node, bool(flat), seen) for node in reversed(nodes_in_order(graph))]
 
 
 @command("query-block")
@@ -100,12 +101,12 @@ def nodes_in_order(graph: Graph) -> list[Node]:
     return list(found.values())
 
 
-def device_info(node: Node, flat: bool) -> BlockDeviceInfo:
-    """What ``query-named-block-nodes`` tells about `node`."""
+def device_info(node: Node, flat: bool, seen: dict[Node, ImageInfo]) -> BlockDeviceInfo:
+    """What ``query-named-block-nodes`` tells about `node`; `seen` remembers images for further calls."""
     backing = node.driver.backing
     threshold = node.write_threshold
     bitmaps = [bitmap_info(bitmap) for bitmap in reversed(node.dirty_bitmaps.values())]
-    image = image_info(node, flat)
+    image = image_info(node, flat, seen)
     return BlockDeviceInfo(
         file=image.filename,
         node_name=node.name,
@@ -130,8 +131,13 @@ def device_info(node: Node, flat: bool) -> BlockDeviceInfo:
     )
 
 
-def image_info(node: Node, flat: bool) -> ImageInfo:
-    """What is told about the image of `node` and, unless `flat`, about those below it."""
+def image_info(node: Node, flat: bool, seen: dict[Node, ImageInfo]) -> ImageInfo:
+    """What is told about the image of `node` and, unless `flat`, about those below it.
+
+    `seen` remembers the answers (for one value of `flat`), so that a chain is walked once and not once a node.
+    """
+    if node in seen:
+        return seen[node]
     driver = node.driver
     known = driver.image_info()
     backing_filename = known.get("backing_filename") or None
@@ -144,7 +150,7 @@ def image_info(node: Node, flat: bool) -> ImageInfo:
     below = None if flat else _filtered_or_backing(node)
     specific = driver.format_specific()
     assert specific is None or isinstance(specific, ImageInfoSpecific)
-    return ImageInfo(
+    info = seen[node] = ImageInfo(
         filename=filenames.filename(node),
         format=driver.name,
         dirty_flag=known.get("dirty_flag"),
@@ -158,8 +164,9 @@ def image_info(node: Node, flat: bool) -> ImageInfo:
         backing_filename_format=None if backing_filename is None else known.get("backing_filename_format") or None,
         snapshots=known.get("snapshots") or None,
         format_specific=specific,
-        backing_image=None if below is None else image_info(below, False),
+        backing_image=None if below is None else image_info(below, False, seen),
     )
+    return info
 
 
 def bitmap_info(bitmap: DirtyBitmap) -> BlockDirtyInfo:

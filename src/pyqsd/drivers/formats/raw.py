@@ -58,7 +58,7 @@ class Raw(Driver):
     async def open(self) -> None:
         options = self.options
         self._check_signs(options)
-        whole = options.offset is None and options.size is None
+        whole = not options.offset and options.size is None
         role = (ROLE_FILTERED if whole else ROLE_DATA) | ROLE_PRIMARY
         await self.node.open_child("file", options.file, role)
         self._offset, self._fixed = self._checked(options)
