@@ -63,7 +63,8 @@ class LogOptions(BlockdevOptions, tag="test-log"):
 
 class LogFile(Driver):
     """A file in memory that remembers every write and flush in `log`: ("write", offset, bytes), ("zero", offset,
-    length), ("resize", length), ("flush", position when it began). Every request waits a little, so that requests mix."""
+    length), ("resize", length), ("flush", position when it began). Every request waits a little, so that requests
+    mix."""
 
     name = "test-log"
     Options = LogOptions

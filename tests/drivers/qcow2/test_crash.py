@@ -1,7 +1,7 @@
 """An image is sound after every write: the log of all writes is cut everywhere, and qemu-img is the judge.
 
-Two ways to go down: the process dies (what was written is there), and the power fails (of what was written after the last
-flush of the file, any part may be missing).
+Two ways to go down: the process dies (what was written is there), and the power fails (of what was written after the
+last flush of the file, any part may be missing).
 """
 
 from __future__ import annotations

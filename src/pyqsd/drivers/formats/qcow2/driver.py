@@ -166,6 +166,8 @@ class Qcow2(Driver):
             await image.writeback.run(refcounts=True)
         if self._ready:
             await image.mark_clean()
+        if image.reserved:
+            await image.cut_tail()
 
     async def _prepare_write(self) -> None:
         self.image.check_usable()

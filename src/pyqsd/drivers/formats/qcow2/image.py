@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pyqsd.block.events import BlockImageCorrupted
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.overlap import MetadataMap
+from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.snapshots import Snapshot
     from pyqsd.drivers.formats.qcow2.tables import L2Tables, Slice
     from pyqsd.drivers.formats.qcow2.writeback import WriteBack
+
+
+#: How far the image file is extended at a time, bytes.
+_RESERVE_LEAST = 1 << 20
+_RESERVE_MOST = 64 << 20
 
 
 class Image:
@@ -55,6 +61,12 @@ class Image:
         self.forget_all: Callable[[], None] = lambda: None
         #: Nothing was ever written to the file beyond this offset, so it reads as zeroes there.
         self.touched_end = 0
+        #: The length that the image file must keep, whatever else is cut off its end.
+        self.kept_length = file.length
+        #: The file was made longer than it has content, so that writes to new clusters do not extend it one by one.
+        self.reserved = False
+        self._can_reserve = True
+        self._reserving = asyncio.Lock()
 
     @property
     def backing(self) -> Node | None:
@@ -136,6 +148,49 @@ class Image:
         else:
             self.frees.append((first, count, kind))
         self.freed_clusters += count
+
+    # --- the end of the image file -----------------------------------------------------------------------------------
+
+    async def reserve(self, end: int) -> None:
+        """Make the image file reach to `end` and some way beyond, with a hole: writes inside of a file are faster than
+        those that extend it. Where that does not work, nothing happens."""
+        if not self._can_reserve:
+            return
+        async with self._reserving:
+            if end <= self.file.length:
+                return
+            step = min(max(end >> 3, _RESERVE_LEAST, self.cluster_size), _RESERVE_MOST)
+            try:
+                await self.file.truncate((end + step) & ~self.cluster_mask)
+            except (OSError, Error):
+                self._can_reserve = False
+                return
+            self.reserved = True
+
+    async def cut_tail(self) -> None:
+        """Make the image file end with the last cluster that is in use, if nothing is in flight. That may fail without
+        harm."""
+        bits, refcounts = self.cluster_bits, self.refcounts
+        last = ((self.file.length + self.cluster_mask) >> bits) - 1
+        try:
+            while last > 0:
+                index = last >> refcounts.block_bits
+                base = index << refcounts.block_bits
+                block = await refcounts.load(index)
+                if block is None:
+                    last = base - 1
+                    continue
+                while last >= base and not block.counts.get(last - base):
+                    last -= 1
+                if last >= base:
+                    break
+            end = max((last + 1) << bits, self.kept_length)
+            if end < self.file.length:
+                await self.file.truncate(end)
+                self.touched_end = min(self.touched_end, end)
+        except (OSError, Error):
+            return
+        self.reserved = False
 
     async def write_back(self) -> None:
         """Bring all metadata to disk. Raises OSError."""

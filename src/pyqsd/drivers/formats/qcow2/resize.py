@@ -169,6 +169,9 @@ async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode
             "Could not preallocate new data" if mode == "metadata" else "Failed to allocate data clusters", exc
         )
     try:
+        if mode != "metadata" and image.reserved:
+            # What was reserved must get its space too.
+            await image.cut_tail()
         if end > file.length:
             await file.truncate(end, preallocation="off" if mode == "metadata" else mode)
     except (OSError, Error) as exc:
@@ -206,28 +209,6 @@ async def _shrink(image: Image, unmapper: Unmapper, old: int, length: int) -> No
         await _write_size(image, length)
     except OSError as exc:
         raise _prefixed("Failed to update the image size", exc) from exc
-    await _cut_tail(image)
-
-
-async def _cut_tail(image: Image) -> None:
-    """Make the image file end with the last cluster that is in use. That may fail without harm."""
-    bits = image.cluster_bits
-    total = (image.file.length + image.cluster_mask) >> bits
-    last = total - 1
-    while last > 0:
-        index = last >> image.refcounts.block_bits
-        block = await image.refcounts.load(index)
-        base = index << image.refcounts.block_bits
-        if block is None:
-            last = base - 1
-            continue
-        while last >= base and not block.counts.get(last - base):
-            last -= 1
-        if last >= base:
-            break
-    end = (last + 1) << bits
-    if 0 < end < image.file.length:
-        try:
-            await image.file.truncate(end)
-        except (OSError, Error):
-            return
+    image.kept_length = 0
+    await image.cut_tail()
+    image.kept_length = image.file.length

@@ -294,6 +294,8 @@ class Writer:
                 iov = iov + (iovs.zero_views(tail) if after is None else [after])
                 length += tail
         file = image.file
+        if host + head + length > file.length:
+            await image.reserve(host + head + length)
         if not file.write_now(host + head, length, iov):
             await file.pwritev(host + head, length, iov)
 
