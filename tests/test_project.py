@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -84,33 +85,57 @@ def test_version() -> None:
 # --- one name everywhere --------------------------------------------------------------------------
 
 
-def stems(directory: Path, pattern: str, prefix: str = "") -> set[str]:
-    return {path.stem.removeprefix(prefix) for path in directory.glob(pattern)}
-
-
-def module_name(driver: str) -> str:
-    return registry.driver_class(driver).__module__.split(".")[4].replace("_", "-")
-
-
 @pytest.mark.parametrize("driver", registry.driver_names())
 def test_driver_has_page_and_test(driver: str) -> None:
     module = registry.driver_class(driver).__module__.split(".")
     assert module[:2] == ["pyqsd", "drivers"] and module[2] in ("formats", "protocols", "filters")
     assert registry.driver_class(driver).name == driver
     assert module[3] == driver.replace("-", "_")
-    assert (ROOT / "docs" / "drivers" / f"{driver.replace('-', '_')}.md").exists()
+    assert (ROOT / "docs" / "drivers" / f"{driver}.md").exists()
     tests = ROOT / "tests" / "drivers"
     name = driver.replace("-", "_")
     assert (tests / f"test_{name}.py").exists() or list((tests / name).glob("test_*.py"))
 
 
-def test_no_page_or_test_without_driver() -> None:
-    names = {driver.replace("-", "_") for driver in registry.driver_names()}
-    pages = stems(ROOT / "docs" / "drivers", "*.md")
-    assert pages - {"README", "index"} <= names
+def test_no_page_without_driver() -> None:
+    pages = {path.stem for path in (ROOT / "docs" / "drivers").glob("*.md")}
+    assert pages <= set(registry.driver_names())
 
 
 # --- documents ------------------------------------------------------------------------------------
+
+
+def registered() -> dict[str, set[str]]:
+    """What exists here, under the headings of docs/compatibility.md."""
+    from pyqsd.chardev.registry import chardev_names
+    from pyqsd.exports.export import export_types
+    from pyqsd.monitor import registry as commands
+    from pyqsd.qapi.command import COMMANDS, EVENTS
+    from pyqsd.qom.registry import object_tags
+
+    commands.load()
+    return {
+        "commands": set(COMMANDS),
+        "events": set(EVENTS),
+        "drivers": set(registry.driver_names()),
+        "exports": set(export_types()),
+        "objects": set(object_tags()),
+        "chardevs": set(chardev_names()),
+    }
+
+
+def test_compatibility_page_is_true() -> None:
+    """Every name of QSD's is listed either as there or as not yet there, and is."""
+    reference = json.loads((ROOT / "tests" / "data" / "qsd-names.json").read_text())
+    sections = re.split(r"^## ", (ROOT / "docs" / "compatibility.md").read_text(), flags=re.M)[1:]
+    for (kind, ours), section in zip(registered().items(), sections, strict=False):
+        listed = {"There": set[str](), "Not yet": set[str](), "Ours only": set[str]()}
+        for paragraph in section.split("\n\n")[1:]:
+            word, _, names = paragraph.partition(": ")
+            listed[word] = set(re.findall(r"`([^`]+)`", names))
+        assert listed["There"] == ours & set(reference[kind]), kind
+        assert listed["Not yet"] == set(reference[kind]) - ours, kind
+        assert listed["Ours only"] == ours - set(reference[kind]), kind
 
 
 def test_links_between_documents_lead_somewhere() -> None:

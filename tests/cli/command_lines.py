@@ -236,13 +236,15 @@ OBJECTS: list[list[str]] = [
     ["--object", "secret,id=a,data=x", "--object", "secret,id=a,data=x"],
     ["--object", '{"qom-type":"secret","id":"a"}'],
     ["--object", '{"qom-type":"secret","id":"a"'],
-    ["--object", "iothread,id=a,poll-max-ns=foo"],
-    ["--object", "iothread,help=on"],
     ["--object", "secret,help"],
     ["--object", "qom-type=secret,help"],
     ["--object", "secret,id=a,data=x,help"],
     ["--object", "secret,?"],
-    ["--object", "iothread,help"],
+    ["--object", "secret,help=on"],
+    ["--object", "secret_keyring,help"],
+    ["--object", "authz-list,help"],
+    ["--object", "authz-simple,id=a"],
+    ["--object", "authz-simple,id=a,identity=x", "--object", "authz-simple,id=a,identity=x"],
 ]
 
 #: Lines that are right: the test adds `SENTINEL`.

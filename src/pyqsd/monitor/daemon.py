@@ -15,7 +15,7 @@ from pyqsd.exports.export import Exports
 from pyqsd.exports.nbd.server import NbdServer
 from pyqsd.monitor import registry
 from pyqsd.monitor.commands import VERSION, Shutdown
-from pyqsd.monitor.dispatcher import Dispatcher
+from pyqsd.monitor.dispatcher import Dispatcher, error_of
 from pyqsd.monitor.monitor import Monitors
 from pyqsd.qapi.command import Event, EventBus
 from pyqsd.qapi.errors import Error
@@ -69,18 +69,18 @@ class Daemon:
         """Run a QMP command and return its result as plain dicts, lists, strings, numbers.
 
         The members of its arguments come as a dict in wire spelling, or as keyword arguments, where ``_`` stands for
-        ``-`` and None for "not given". Raises `pyqsd.Error`, as a client of a monitor would be told.
+        ``-`` and None for "not given". A command that returns nothing gives ``{}``, as in QMP. Raises `pyqsd.Error`, as
+        a client of a monitor would be told.
         """
         if self._stopping is not None:
             raise Error("The daemon is shutting down")
         given = dict(arguments or {})
         given.update((wire_name(name), value) for name, value in members.items() if value is not None)
         try:
-            return to_wire(await self.dispatcher.execute(command, to_wire(given)))
+            result = await self.dispatcher.execute(command, to_wire(given))
         except OSError as exc:
-            from pyqsd.monitor.dispatcher import error_of
-
             raise error_of(exc, command) from exc
+        return {} if result is None else to_wire(result)
 
     def on_event(self, callback: Callable[[dict[str, Any]], None]) -> Callable[[], None]:
         """Call `callback` with every event, as ``{"event": name, "data": {…}}`` (``data`` only where there is any).
