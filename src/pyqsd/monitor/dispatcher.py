@@ -137,21 +137,20 @@ class Dispatcher:
         end = time.monotonic() + SLICE
         try:
             while self._ready and not self._busy:
-                if time.monotonic() > end:
+                queue = self._ready.popleft()
+                queue._waiting = False
+                if not queue._requests:
+                    continue
+                run, done = queue._requests.popleft()
+                if queue._requests:
+                    queue._waiting = True
+                    self._ready.append(queue)
+                self._run(run, done)
+                if self._ready and time.monotonic() > end:
                     if not self._scheduled:
                         self._scheduled = True
                         asyncio.get_running_loop().call_soon(self._go_on)
                     return
-                queue = self._ready.popleft()
-                if queue._requests:
-                    run, done = queue._requests.popleft()
-                    queue._waiting = bool(queue._requests)
-                    if queue._waiting:
-                        self._ready.append(queue)
-                else:
-                    queue._waiting = False
-                    continue
-                self._run(run, done)
         finally:
             self._serving = False
 

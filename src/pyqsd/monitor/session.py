@@ -232,7 +232,7 @@ class Session:
             try:
                 self._reply_result(result, identity)
                 return
-            except (TypeError, ValueError) as failure:
+            except Exception as failure:
                 exc = failure
         name = str(request.get("execute")) if type(request) is dict else "?"
         error = error_of(exc, name)
