@@ -21,8 +21,4 @@ MODULES = (
 def load() -> None:
     """Import all of `MODULES`."""
     for module in MODULES:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as exc:
-            if exc.name != module:
-                raise
+        importlib.import_module(module)
