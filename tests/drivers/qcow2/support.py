@@ -107,6 +107,8 @@ class LogFile(Driver):
             self.fault(kind)
 
     def _extend(self, end: int) -> None:
+        if end > 1 << 30:
+            raise OSError(errno.EFBIG, "File too large")
         if end > len(self.data):
             self.data.extend(bytes(end - len(self.data)))
 
