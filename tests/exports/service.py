@@ -13,6 +13,7 @@ from pyqsd.exports.nbd.server import NbdServer, NbdServerOptions
 from pyqsd.monitor.daemon import Daemon
 from pyqsd.qapi.convert import convert
 from pyqsd.qapi.errors import Error
+from tests.block.memory_driver import Memory, MemoryOptions, memory_drivers
 from tests.exports.rawnbd import RawClient
 
 T = TypeVar("T")
@@ -114,6 +115,20 @@ class Service:
                 file.write(content)
         self.blockdev(driver="raw", node_name=name, file={"driver": "file", "filename": str(path)}, **options)
         return path
+
+    def memory(self, name: str, cls: type[Memory] = Memory, size: int = 1 << 16) -> Memory:
+        """A node over a bytearray; all of its requests have to wait."""
+        with memory_drivers(cls):
+            node = self.run(self.graph.add(MemoryOptions(node_name=name)))
+        driver = node.driver
+        assert isinstance(driver, Memory)
+
+        def grow() -> None:
+            driver.data = bytearray(size)
+            node.length = size
+
+        self.call(grow)
+        return driver
 
     def client(self, name: str = "", **options: Any) -> RawClient:
         """A client in transmission."""
