@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from pyqsd.block import graph_perms
 from pyqsd.block import permissions as perms
 from pyqsd.block.child import Child
+from pyqsd.trace import events as trace
 
 if TYPE_CHECKING:
     from pyqsd.block.extents import Extent
@@ -64,6 +65,8 @@ class BlockBackend:
         self.edge = edge
         self.graph.backends.append(self)
         self.graph.join_drains(self)
+        if trace.BLK_ROOT_ATTACH.enabled:
+            trace.BLK_ROOT_ATTACH(id(edge), id(self), id(node))
 
     def set_perms(self, perm: int, shared: int) -> None:
         """Need and share something else from now on. Raises Error and changes nothing if that is not to be had."""
@@ -76,6 +79,8 @@ class BlockBackend:
         edge = self.edge
         if edge is None:
             return
+        if trace.BLK_ROOT_DETACH.enabled:
+            trace.BLK_ROOT_DETACH(id(edge), id(self), id(edge.node))
         edge.node.parents.remove(edge)
         self.edge = None
         self.graph.backends.remove(self)

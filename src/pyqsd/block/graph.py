@@ -17,6 +17,7 @@ from pyqsd.block.driver import ROLE_COW
 from pyqsd.block.node import Node
 from pyqsd.block.options import BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, BlockdevRef
 from pyqsd.qapi.errors import Error, from_oserror
+from pyqsd.trace import events as trace
 
 if TYPE_CHECKING:
     from pyqsd.qapi.command import EventBus
@@ -94,6 +95,10 @@ class Graph:
         apply_options(node, options, parent, role)
         self.nodes[node.name] = node
         self._depth += 1
+        if trace.BDRV_OPEN_COMMON.enabled:
+            flags = (not node.read_only) << 1 | node.cache_direct << 5 | node.no_flush << 9
+            filename = getattr(options, "filename", "")
+            trace.BDRV_OPEN_COMMON(id(node), filename, flags, options.__struct_config__.tag)
         try:
             await node.driver.open()
             node.length = node.driver.length()

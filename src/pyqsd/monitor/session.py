@@ -18,6 +18,7 @@ from pyqsd.qapi.command import Command, Event
 from pyqsd.qapi.errors import CommandNotFound, Error
 from pyqsd.qapi.json_stream import INCOMPLETE, JsonStream
 from pyqsd.qapi.json_writer import string, to_json, to_wire
+from pyqsd.trace import events as trace
 
 #: Requests that wait before reading pauses, once out-of-band execution was negotiated (without it: one at a time).
 QUEUE_LIMIT = 8
@@ -115,6 +116,8 @@ class Session:
                     request = exc
                 if request is INCOMPLETE:
                     break
+                if trace.HANDLE_QMP_COMMAND.enabled and not isinstance(request, Error):
+                    trace.HANDLE_QMP_COMMAND(id(self), to_json(request, echo=True))
                 if self.oob and type(request) is dict and "exec-oob" in request and "execute" not in request:
                     self._run_out_of_band(request)
                 else:
@@ -263,6 +266,8 @@ class Session:
         if self._pretty:
             text = text.replace("\n", "\r\n")
         self._out.append(text + "\r\n")
+        if trace.MONITOR_QMP_RESPOND.enabled:
+            trace.MONITOR_QMP_RESPOND(id(self), text)
         if not self._batching:
             self._flush()
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, TypeVar
 
 from pyqsd.qapi.types import Struct
+from pyqsd.trace import events as trace
 
 F = TypeVar("F", bound=Callable[..., Awaitable[Any]])
 
@@ -107,5 +108,7 @@ class EventBus:
 
     def emit(self, event: Event) -> None:
         """Hand `event` to every listener, in order of their subscription."""
+        if trace.MONITOR_PROTOCOL_EVENT_EMIT.enabled:
+            trace.MONITOR_PROTOCOL_EVENT_EMIT(event.NAME, event)
         for listener in tuple(self._listeners):
             listener(event)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pyqsd.trace import Event
 
-MONITOR_PROTOCOL_EVENT_EMIT = Event("monitor_protocol_event_emit", "event=%s data=%s")
+MONITOR_PROTOCOL_EVENT_EMIT = Event("monitor_protocol_event_emit", "event=%s data=%r")
 MONITOR_QMP_RESPOND = Event("monitor_qmp_respond", "mon 0x%x resp: %s")
 HANDLE_QMP_COMMAND = Event("handle_qmp_command", "mon 0x%x req: %s")
 BDRV_OPEN_COMMON = Event("bdrv_open_common", 'bs 0x%x filename "%s" flags 0x%x format_name "%s"')

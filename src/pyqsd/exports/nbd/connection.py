@@ -27,6 +27,7 @@ from pyqsd.exports.nbd import requests
 from pyqsd.exports.nbd.buffers import HEAD, NOTHING, POOL, Buffer
 from pyqsd.exports.nbd.handshake import Handshake, MetaContexts
 from pyqsd.qapi.errors import Error
+from pyqsd.trace import events as trace
 
 if TYPE_CHECKING:
     from pyqsd.exports.nbd.export import NbdExport
@@ -123,6 +124,8 @@ class Connection:
 
     def begin(self, handshake_seconds: int) -> None:
         """Greet the client, which must choose an export within `handshake_seconds` (0: at any time)."""
+        if trace.NBD_NEGOTIATE_BEGIN.enabled:
+            trace.NBD_NEGOTIATE_BEGIN()
         sock = self._sock
         sock.setblocking(False)
         if sock.family == socket.AF_UNIX:
@@ -256,6 +259,8 @@ class Connection:
         self._rx.data[: len(rest)] = rest
         self._rx_end = len(rest)
         self.export.joined(self)
+        if trace.NBD_NEGOTIATE_SUCCESS.enabled:
+            trace.NBD_NEGOTIATE_SUCCESS()
         if rest:
             self._schedule_turn()
         if self.export.paused:
