@@ -164,3 +164,16 @@ def test_start_is_light() -> None:
     ).stdout.split()
     for heavy in ("asyncio", "msgspec", "logging", "cryptography", "numpy", "liburing", "json", "inspect"):
         assert heavy not in modules
+
+
+def test_reference_has_every_command(tmp_path: Path) -> None:
+    """What `make docs` writes."""
+    page = tmp_path / "reference.md"
+    subprocess.run([sys.executable, "scripts/reference.py", str(page)], cwd=ROOT, check=True, capture_output=True)
+    text = page.read_text()
+    headings = re.findall(r"^### (.*)$", text, re.M)
+    ours = registered()
+    assert ours["commands"] | ours["events"] <= set(headings)
+    # Every link leads to a heading, and no type is spelled as Python does.
+    assert {link.lower() for link in re.findall(r"\]\(#([^)]+)\)", text)} <= {name.lower() for name in headings}
+    assert not re.search(r"\| (<|typing|pyqsd\.)", text)
