@@ -164,7 +164,7 @@ class Engine:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Wait for what is under way, and give everything back."""
+        """Wait for what is under way, and give everything back. A second time it does nothing."""
         raise NotImplementedError
 
 
@@ -269,7 +269,9 @@ def release(engine: Engine) -> None:
         engine.users -= 1
         if engine.users:
             return
-        _engines.pop((id(engine.loop), engine.name), None)
+        key = id(engine.loop), engine.name
+        if _engines.get(key) is engine:
+            del _engines[key]
     engine.close()
 
 

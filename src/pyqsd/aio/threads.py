@@ -73,6 +73,7 @@ class ThreadsEngine(Engine):
         self._done: deque[tuple[_Call, BaseException | None]] = deque()
         self._threads: list[threading.Thread] = []
         self._under_way = 0
+        self._closed = False
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._woken = False
         loop.add_reader(self._wake_fd, self._reap)
@@ -133,6 +134,9 @@ class ThreadsEngine(Engine):
             request.finish(exception)
 
     def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
         for _ in self._threads:
             self._todo.put(None)
         for thread in self._threads:

@@ -85,7 +85,6 @@ class _Operation(Request):
         self.value = None
         self.kind = kind
         self.fd = fd
-        # A list of our own: the caller may change his.
         self.iov = iov
         self.offset = offset
         self.length = length

@@ -401,7 +401,7 @@ class PosixDriver(Driver):
             file.retire()
 
     async def activate(self) -> None:
-        """Unless ``drop-cache=off``, forget the pages that this host has cached: another one may have written the file."""
+        """Unless ``drop-cache=off``, forget the pages that this host caches: another one may have written the file."""
         if self.options.drop_cache is False or self._direct:
             return
         await self._call(_calls.drop_cache, self._fd)
