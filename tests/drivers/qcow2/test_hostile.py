@@ -76,7 +76,9 @@ def test_random_damage(sound: bytes) -> None:
         for _ in range(500):
             image = bytearray(sound)
             for _ in range(rnd.choice((1, 1, 2, 6))):
-                at = rnd.choice((rnd.randrange(160), rnd.randrange(16) * 4096 + rnd.randrange(600), rnd.randrange(65_536)))
+                at = rnd.choice(
+                    (rnd.randrange(160), rnd.randrange(16) * 4096 + rnd.randrange(600), rnd.randrange(65_536))
+                )
                 size = rnd.choice((1, 2, 4, 8))
                 value = rnd.choice((bytes(size), b"\xff" * size, rnd.randbytes(size), b"\x80" + bytes(size - 1)))
                 image[at : at + size] = value
@@ -222,7 +224,13 @@ def test_unaligned_table() -> None:
 
 @pytest.mark.parametrize(
     ("where", "name"),
-    [(0, "qcow2_header"), (40, "active L1 table"), (48, "refcount table"), (-1, "active L2 table"), (-2, "refcount block")],
+    [
+        (0, "qcow2_header"),
+        (40, "active L1 table"),
+        (48, "refcount table"),
+        (-1, "active L2 table"),
+        (-2, "refcount block"),
+    ],
 )
 def test_write_to_metadata(where: int, name: str) -> None:
     """An entry that refers to a table: the write is refused, and the table stays as it was."""
