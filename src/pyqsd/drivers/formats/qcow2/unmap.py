@@ -39,12 +39,29 @@ class Unmapper:
         when version 2 cannot say so."""
         image = self.image
         end = offset + length
-        if offset & image.cluster_mask or (end & image.cluster_mask and end != image.node.length):
+        if not offset & image.cluster_mask and (not end & image.cluster_mask or end == image.node.length):
+            await self._zero(offset, length, flags, None)
+            return
+        # Nobody may write to the clusters at the edges between the look at them and the change.
+        first = offset >> image.cluster_bits
+        last = (end - 1) >> image.cluster_bits
+        while (other := self._conflict(first, last, None)) is not None:
+            await self.writer.wait_for(other)
+        own = InFlight(first, last, True)
+        self.writer.in_flight.append(own)
+        try:
             await self._check_edges_zero(offset, end)
+            await self._zero(offset, length, flags, own)
+        finally:
+            self.writer.finished(own)
+
+    async def _zero(self, offset: int, length: int, flags: int, own: InFlight | None) -> None:
+        image = self.image
+        end = offset + length
         if image.header.version < 3:
             if image.backing is not None:
                 raise OSError(errno.ENOTSUP, "zero clusters need version 3")
-            await self.discard(offset, length, "request", False)
+            await self._discard(offset, length, "request", False, own)
             return
         unmap = bool(flags & MAY_UNMAP)
         keep = image.settings.discard_no_unref
@@ -56,7 +73,14 @@ class Unmapper:
                 return ZERO, True
             return entry | ZERO, False
 
-        await self._change(offset, end, change, None, "request")
+        await self._change(offset, end, change, None, "request", own)
+
+    def _conflict(self, first: int, last: int, own: InFlight | None) -> InFlight | None:
+        """A request in flight on the guest clusters `first` to `last`, other than our own."""
+        for other in self.writer.in_flight:
+            if other is not own and other.first <= last and first <= other.last:
+                return other
+        return None
 
     async def _check_edges_zero(self, offset: int, end: int) -> None:
         """A part of a cluster can become a zero cluster if nothing is stored in it and the rest of it reads as zeroes
@@ -74,6 +98,9 @@ class Unmapper:
     async def discard(self, offset: int, length: int, kind: str, full: bool) -> None:
         """Drop the clusters of the range. `full`: nothing is to be left behind (the disk is shrinking), else what was
         discarded reads as zeroes where the version can say so. Raises OSError."""
+        await self._discard(offset, length, kind, full, None)
+
+    async def _discard(self, offset: int, length: int, kind: str, full: bool, own: InFlight | None) -> None:
         image = self.image
         keep = image.settings.discard_no_unref and not full
         zero_entry = ZERO if image.header.version >= 3 else 0
@@ -91,7 +118,7 @@ class Unmapper:
                 return zero_entry, True
             return (entry | ZERO, False) if not entry & ZERO else None
 
-        await self._change(offset, offset + length, change, full, kind)
+        await self._change(offset, offset + length, change, full, kind, own)
 
     async def _change(
         self,
@@ -100,6 +127,7 @@ class Unmapper:
         change: Callable[[int], _Change | None],
         full: bool | None,
         kind: str,
+        own: InFlight | None,
     ) -> None:
         """Apply `change` to every L2 entry of the range. Slices without a table are passed over if nothing in them can
         change (`full` is not None: a discard, which leaves what is unallocated without a backing file)."""
@@ -113,7 +141,7 @@ class Unmapper:
             last = (stop - 1) >> image.cluster_bits
             while True:
                 image.check_usable()
-                other = self.writer.conflict(first, last, True)
+                other = self._conflict(first, last, own)
                 if other is not None:
                     await self.writer.wait_for(other)
                     continue
