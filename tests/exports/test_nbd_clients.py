@@ -164,14 +164,7 @@ assert h.pread(10, 0) == bytes(10)
 def test_libnbd_dirty_bitmaps_and_depth(service: Service) -> None:
     service.start()
     service.image("disk", 4 * MiB)
-    node = service.graph.find("disk")
-
-    def bitmap() -> None:
-        from pyqsd.block.dirty_bitmap import DirtyBitmap
-
-        node.dirty_bitmaps["b0"] = DirtyBitmap("b0", node.length, 65536)
-
-    service.call(bitmap)
+    service.must("block-dirty-bitmap-add", {"node": "disk", "name": "b0", "granularity": 65536})
     export = service.export("disk", writable=True, bitmaps=["b0"], allocation_depth=True)
     assert export.bitmaps[0].busy
     script = """
@@ -192,7 +185,8 @@ print(json.dumps(seen))
     }
     service.must("block-export-del", {"id": "disk", "mode": "hard"})
     service.run(service.exports.remove_all())
-    assert not node.dirty_bitmaps["b0"].busy
+    assert not export.backend.edge
+    assert not service.graph.find("disk").dirty_bitmaps["b0"].busy
 
 
 def test_qemu_img_and_qemu_io(service: Service, pattern: bytes) -> None:

@@ -212,10 +212,10 @@ class Exports:
         node = self.graph.nodes.get(options.node_name)
         if node is None:
             raise Error(f"Cannot find device='' nor node-name='{options.node_name}'")
-        if options.iothread is not None:
-            raise Error(f'iothread "{options.iothread}" not found')
         if options.writable and node.read_only:
             raise Error("Cannot export read-only node as writable")
+        if options.iothread is not None:
+            raise Error(f'iothread "{options.iothread}" not found')
         perm = perms.CONSISTENT_READ | (perms.WRITE if options.writable else 0)
         backend = BlockBackend(self.graph, "an unnamed block device", perm, cls.SHARED)
         backend.insert(node)

@@ -57,7 +57,7 @@ _TURN_BYTES: Final = 8 << 20
 _SOCKET_BUFFER: Final = 4 << 20
 _IOV: Final = 64
 #: Nanoseconds to look out for the next request before the event loop goes to sleep.
-_LINGER: Final = int(os.environ.get("LINGER", 30_000)) if len(os.sched_getaffinity(0)) > 1 else 0
+_LINGER: Final = 30_000 if len(os.sched_getaffinity(0)) > 1 else 0
 
 _READ: Final = p.CMD_READ
 _WRITE: Final = p.CMD_WRITE

@@ -8,24 +8,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pyqsd.block import permissions as perms
 from pyqsd.block.backend import BlockBackend
+from pyqsd.block.bitmap_commands import BlockDirtyBitmap, BlockDirtyBitmapOrStr, find_bitmap
 from pyqsd.block.extents import DATA, ZERO
 from pyqsd.exports.export import BlockExportOptions, BlockExportType, Export, Exports
 from pyqsd.exports.nbd import protocol as p
 from pyqsd.exports.nbd.server import NbdServer
 from pyqsd.qapi.errors import Error
-from pyqsd.qapi.types import Struct
 
 if TYPE_CHECKING:
     from pyqsd.block.dirty_bitmap import DirtyBitmap
     from pyqsd.block.node import Node
     from pyqsd.exports.nbd.connection import Connection
-
-
-class BlockDirtyBitmap(Struct):
-    """A dirty bitmap by its name and its node's."""
-
-    node: str
-    name: str
 
 
 class NbdOptions(BlockExportOptions, kw_only=True, tag="nbd"):
@@ -35,7 +28,7 @@ class NbdOptions(BlockExportOptions, kw_only=True, tag="nbd"):
 
     name: str | None = None
     description: str | None = None
-    bitmaps: list[str | BlockDirtyBitmap] | None = None
+    bitmaps: list[BlockDirtyBitmapOrStr] | None = None
     allocation_depth: bool | None = None
 
 
@@ -115,11 +108,7 @@ class NbdExport(Export):
                 raise Error(f"Bitmap '{name}' is not found")
         else:
             name = ref.name
-            node = self.exports.graph.nodes.get(ref.node)
-            if node is None:
-                raise Error(f"Node '{ref.node}' not found")
-            if name not in node.dirty_bitmaps:
-                raise Error(f"Dirty bitmap '{name}' not found")
+            node, _ = find_bitmap(self.exports.graph, ref.node, name)
         bitmap = node.dirty_bitmaps[name]
         bitmap.check(allow_readonly=True)
         if not self.writable and not node.read_only and bitmap.enabled:
