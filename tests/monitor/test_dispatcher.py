@@ -90,5 +90,28 @@ async def test_close() -> None:
     assert len(queue) == 1
     await dispatcher.close()
     assert order == ["a begins", "a left"]
-    assert len(ended) == 1 and isinstance(ended[0], asyncio.CancelledError)
+    assert len(ended) == 2 and all(isinstance(exc, asyncio.CancelledError) for exc in ended)
+    assert len(queue) == 0
     await dispatcher.close()
+
+
+async def test_nobody_waits_for_ever_at_the_end() -> None:
+    dispatcher = make()
+    loop = asyncio.get_running_loop()
+    tasks = [loop.create_task(dispatcher.execute("sleep", {"name": name})) for name in "abc"]
+    await asyncio.sleep(0)
+    await dispatcher.close()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+
+
+async def test_close_cancels_out_of_band_commands() -> None:
+    order: list[str] = []
+    dispatcher = make(order)
+    ended: list[object] = []
+    dispatcher.run_now(dispatcher.call(dispatcher.find("sleep"), {"name": "a"}), lambda _, exc: ended.append(exc))
+    dispatcher.run_now(dispatcher.call(dispatcher.find("boom"), {}), lambda _, exc: ended.append(exc))
+    assert len(ended) == 1 and isinstance(ended[0], ValueError)
+    await dispatcher.close()
+    assert order == ["a begins", "a left"]
+    assert len(ended) == 2 and isinstance(ended[1], asyncio.CancelledError)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pyqsd.monitor.events import EventStream
 from pyqsd.monitor.session import QUEUE_LIMIT, Session
 from pyqsd.qapi.command import Event, EventBus
 from pyqsd.qapi.errors import DeviceNotFound, Error
@@ -261,7 +262,7 @@ class Happened(Event, kw_only=True):
 async def test_events() -> None:
     bus = EventBus()
     local = Local(HELLO)
-    bus.subscribe(local.session.emit)
+    EventStream(bus).subscribe(local.session.emit)
     bus.emit(Happened(number=1))
     assert local.take() == b""  # nothing before the negotiation has ended
     local.send(NEGOTIATE)
@@ -291,7 +292,7 @@ async def test_an_event_keeps_its_place_among_the_answers() -> None:
         bus.emit(Happened(number=number))
 
     local = Local(command("announce", announce))
-    bus.subscribe(local.session.emit)
+    EventStream(bus).subscribe(local.session.emit)
     local.send(NEGOTIATE)
     local.session.received(request("announce", 1, number=1) + request("announce", 2, number=2))
     kinds = [message.get("id", message.get("event")) for message in local.messages()]
@@ -301,7 +302,7 @@ async def test_an_event_keeps_its_place_among_the_answers() -> None:
 async def test_pretty() -> None:
     bus = EventBus()
     local = Local(HELLO, pretty=True)
-    bus.subscribe(local.session.emit)
+    EventStream(bus).subscribe(local.session.emit)
     assert local.greeting.startswith(b'{\r\n    "QMP": {\r\n        "version": {\r\n')
     local.send(NEGOTIATE)
     assert local.send(request("hello", [])) == (

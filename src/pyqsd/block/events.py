@@ -23,7 +23,7 @@ class BlockErrorAction(StrEnum):
     STOP = "stop"
 
 
-@event("BLOCK_IO_ERROR")
+@event("BLOCK_IO_ERROR", rate_limit=("qom_path", "device", "node_name"))
 class BlockIoError(Event, kw_only=True):
     """A request of a guest device failed; `reason` is the system's text for people."""
 

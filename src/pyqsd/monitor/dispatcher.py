@@ -50,6 +50,12 @@ class RequestQueue:
         """Forget the requests that have not begun."""
         self._requests.clear()
 
+    def cancel(self) -> None:
+        """Give up the requests that have not begun: `done` is called with a CancelledError."""
+        requests, self._requests = self._requests, deque()
+        for _, done in requests:
+            done(None, asyncio.CancelledError())
+
     def __len__(self) -> int:
         return len(self._requests)
 
@@ -69,6 +75,7 @@ class Dispatcher:
         self._serving = False
         self._scheduled = False
         self._task: asyncio.Task[Any] | None = None
+        self._out_of_band: set[asyncio.Task[Any]] = set()
         self._schema: list[SchemaInfo] | None = None
 
     def find(self, name: str) -> Command:
@@ -121,14 +128,22 @@ class Dispatcher:
         """A new queue of requests."""
         return RequestQueue(self)
 
+    def run_now(self, coro: Coroutine[Any, Any, Any], done: Done) -> None:
+        """Run `coro` at once, whatever else runs (out-of-band commands), then call `done`."""
+        task = start(coro, done)
+        if task is not None:
+            self._out_of_band.add(task)
+            task.add_done_callback(self._out_of_band.discard)
+
     async def close(self) -> None:
-        """Forget what waits and cancel the command that runs."""
+        """Give up what waits, and cancel what runs."""
         for queue in tuple(self._ready):
-            queue.clear()
-        task = self._task
-        if task is not None and task is not asyncio.current_task():
+            queue.cancel()
+        tasks = {*self._out_of_band, *([self._task] if self._task is not None else [])} - {asyncio.current_task()}
+        for task in tasks:
             task.cancel()
-            await asyncio.wait([task])
+        if tasks:
+            await asyncio.wait(tasks)
 
     def _serve(self) -> None:
         if self._busy or self._serving:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from pyqsd.monitor.events import EventStream
 from pyqsd.monitor.session import Session
 from pyqsd.qapi.errors import Error
 from pyqsd.qapi.json_writer import to_wire
@@ -38,7 +39,7 @@ class Monitors:
 
     def __init__(self, dispatcher: Dispatcher, events: EventBus, chardevs: Chardevs, version: Struct) -> None:
         self._dispatcher = dispatcher
-        self._events = events
+        self._events = EventStream(events)
         self._chardevs = chardevs
         self._version = to_wire(version)
         self._monitors: list[_Monitor] = []
@@ -62,12 +63,15 @@ class Monitors:
         """End all sessions."""
         for monitor in self._monitors:
             monitor.closed()
+        self._events.close()
 
 
 class _Monitor:
     """The front end of a character device: each connection is a session of its own."""
 
-    def __init__(self, dispatcher: Dispatcher, events: EventBus, chardev: Chardev, version: Any, pretty: bool) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, events: EventStream, chardev: Chardev, version: Any, pretty: bool
+    ) -> None:
         self._dispatcher = dispatcher
         self._events = events
         self._chardev = chardev

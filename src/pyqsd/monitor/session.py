@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from pyqsd.aio.eager import start
 from pyqsd.monitor.dispatcher import SLICE, Dispatcher, error_of
 from pyqsd.qapi.command import Command, Event
 from pyqsd.qapi.errors import CommandNotFound, Error
@@ -68,7 +67,6 @@ class Session:
         self._paused = False
         self._out: list[str] = []
         self._batching = False
-        self._oob_tasks: set[Any] = set()
         self._loop = asyncio.get_running_loop()
         self._scheduled = False
 
@@ -89,12 +87,11 @@ class Session:
         self._stream.feed(data)
         self._read()
 
-    def emit(self, event: Event) -> None:
-        """Send `event`, stamped with the present time, unless the session is still negotiating."""
+    def emit(self, event: Event, when: int) -> None:
+        """Send `event`, unless the session is still negotiating. `when`: in microseconds since the epoch."""
         if not self.negotiated or self._closed:
             return
-        now = time.time_ns() // 1000
-        message: dict[str, Any] = {"timestamp": {"seconds": now // 1_000_000, "microseconds": now % 1_000_000}}
+        message: dict[str, Any] = {"timestamp": {"seconds": when // 1_000_000, "microseconds": when % 1_000_000}}
         message["event"] = event.NAME
         data = to_wire(event)
         if data:
@@ -160,10 +157,7 @@ class Session:
         self._queue.put(begin, done)
 
     def _run_out_of_band(self, request: dict[str, Any]) -> None:
-        task = start(self._execute(request, True), lambda result, exc: self._answer(request, result, exc))
-        if task is not None:
-            self._oob_tasks.add(task)
-            task.add_done_callback(self._oob_tasks.discard)
+        self._dispatcher.run_now(self._execute(request, True), lambda result, exc: self._answer(request, result, exc))
 
     # --- requests ---
 

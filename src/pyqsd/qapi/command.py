@@ -71,9 +71,14 @@ def command(
 
 
 class Event(Struct):
-    """A QMP event: a struct whose members are the event's data; `NAME` is its wire name."""
+    """A QMP event: a struct whose members are the event's data; `NAME` is its wire name.
+
+    `RATE_LIMIT`: for an event that clients are told of once a second at most, the members that say which ones are
+    alike (qmp-spec, "Asynchronous events").
+    """
 
     NAME: ClassVar[str] = ""
+    RATE_LIMIT: ClassVar[tuple[str, ...] | None] = None
 
 
 #: Every declared event by wire name.
@@ -82,13 +87,14 @@ EVENTS: dict[str, type[Event]] = {}
 E = TypeVar("E", bound=type[Event])
 
 
-def event(name: str) -> Callable[[E], E]:
-    """Declare the decorated `Event` subclass as the QMP event `name`."""
+def event(name: str, *, rate_limit: tuple[str, ...] | None = None) -> Callable[[E], E]:
+    """Declare the decorated `Event` subclass as the QMP event `name`; `rate_limit` becomes its `RATE_LIMIT`."""
 
     def declare(cls: E) -> E:
         if name in EVENTS:
             raise ValueError(f"event {name} is declared twice")
         cls.NAME = name
+        cls.RATE_LIMIT = rate_limit
         EVENTS[name] = cls
         return cls
 
