@@ -108,7 +108,7 @@ def test_filenames(overlays: Path, tmp_path: Path) -> None:
 
 
 def test_very_long_names(overlays: Path, tmp_path: Path) -> None:
-    long = "./" * 1400 + "a.img"
+    long = "./" * 2040 + "a.img"
     steps = [
         readable("f", "file", filename=long),
         readable("r", "raw", file="f", offset=512),
