@@ -102,7 +102,24 @@ async def test_nobody_waits_for_ever_at_the_end() -> None:
     await asyncio.sleep(0)
     await dispatcher.close()
     results = await asyncio.gather(*tasks, return_exceptions=True)
-    assert all(isinstance(result, asyncio.CancelledError) for result in results)
+    assert [str(result) for result in results] == ["The daemon is shutting down"] * 3
+    with pytest.raises(Error, match="The daemon is shutting down"):
+        await dispatcher.execute("double", {"number": 1})
+
+
+async def test_nothing_begins_after_the_stop() -> None:
+    order: list[str] = []
+    dispatcher = make(order)
+    loop = asyncio.get_running_loop()
+    first = loop.create_task(dispatcher.execute("sleep", {"name": "a"}))
+    second = loop.create_task(dispatcher.execute("sleep", {"name": "b"}))
+    await asyncio.sleep(0)
+    dispatcher.stop()
+    await first
+    assert order == ["a begins", "a ends", "a left"]
+    await dispatcher.close()
+    with pytest.raises(Error, match="The daemon is shutting down"):
+        await second
 
 
 async def test_close_cancels_out_of_band_commands() -> None:

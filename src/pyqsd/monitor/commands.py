@@ -76,6 +76,7 @@ async def query_qmp_schema(dispatcher: Dispatcher, /) -> list[SchemaInfo]:
 
 
 @command("quit")
-async def quit(shutdown: Shutdown, /) -> None:
-    """Shut down."""
+async def quit(dispatcher: Dispatcher, shutdown: Shutdown, /) -> None:
+    """Shut down. What clients sent after it is not done any more."""
+    dispatcher.stop()
     shutdown.request()

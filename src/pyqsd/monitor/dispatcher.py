@@ -77,6 +77,8 @@ class Dispatcher:
         self._task: asyncio.Task[Any] | None = None
         self._out_of_band: set[asyncio.Task[Any]] = set()
         self._schema: list[SchemaInfo] | None = None
+        #: No more commands are begun.
+        self.stopped = False
 
     def find(self, name: str) -> Command:
         """The command `name`. Raises CommandNotFound."""
@@ -115,11 +117,15 @@ class Dispatcher:
                 return
             if exc is None:
                 future.set_result(result)
+            elif isinstance(exc, asyncio.CancelledError) and self.stopped:
+                future.set_exception(_shutting_down())
             elif isinstance(exc, asyncio.CancelledError):
                 future.cancel()
             else:
                 future.set_exception(exc)
 
+        if self.stopped:
+            raise _shutting_down()
         command = self.find(name)
         self.queue().put(lambda: self.call(command, arguments or {}), done)
         return await future
@@ -135,8 +141,13 @@ class Dispatcher:
             self._out_of_band.add(task)
             task.add_done_callback(self._out_of_band.discard)
 
+    def stop(self) -> None:
+        """Begin no more commands: the daemon is about to end."""
+        self.stopped = True
+
     async def close(self) -> None:
         """Give up what waits, and cancel what runs."""
+        self.stop()
         for queue in tuple(self._ready):
             queue.cancel()
         tasks = {*self._out_of_band, *([self._task] if self._task is not None else [])} - {asyncio.current_task()}
@@ -151,7 +162,7 @@ class Dispatcher:
         self._serving = True
         end = time.monotonic() + SLICE
         try:
-            while self._ready and not self._busy:
+            while self._ready and not self._busy and not self.stopped:
                 queue = self._ready.popleft()
                 queue._waiting = False
                 if not queue._requests:
@@ -188,6 +199,10 @@ class Dispatcher:
             self._task = start(run(), finished)
         except asyncio.CancelledError as exc:
             finished(None, exc)
+
+
+def _shutting_down() -> Error:
+    return Error("The daemon is shutting down")
 
 
 def error_of(exc: BaseException, command: str) -> Error:

@@ -222,7 +222,7 @@ class Session:
     # --- output ---
 
     def _answer(self, request: Any, result: Any, exc: BaseException | None) -> None:
-        if self._closed:
+        if self._closed or (self._dispatcher.stopped and isinstance(exc, asyncio.CancelledError)):
             return
         identity = request.get("id", _ABSENT) if type(request) is dict else _ABSENT
         if exc is None:
