@@ -148,8 +148,6 @@ async def _resolve(address: InetSocketAddress, passive: bool) -> list[tuple[int,
     ipv4, ipv6 = address.ipv4, address.ipv6
     if ipv4 is False and ipv6 is False:
         raise Error("Cannot disable IPv4 and IPv6 at same time")
-    if not passive and not (address.host and address.port):
-        raise Error("host and/or port not specified")
     unresolved = Error(
         f"address resolution failed for {address.host}:{address.port}: {_GAI_TEXTS[socket.EAI_NONAME]}", errno.EINVAL
     )

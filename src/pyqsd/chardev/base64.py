@@ -20,6 +20,10 @@ def decode_base64(text: str) -> bytes:
     digits = text.replace("\n", "")
     for position in range(0, len(digits) - 3, 4):
         group = digits[position : position + 4]
-        padding = 2 if group[2] == "=" else 1 if group[3] == "=" else 0
-        decoded += binascii.a2b_base64(group.replace("=", "A"))[: 3 - padding]
+        first, second, third = binascii.a2b_base64(group.replace("=", "A"))
+        decoded.append(first)
+        if group[2] != "=":
+            decoded.append(second)
+        if group[3] != "=":
+            decoded.append(third)
     return bytes(decoded)

@@ -94,8 +94,8 @@ def help_for(text: str) -> tuple[str, int] | None:
     return None
 
 
-def split(text: str, implied: str = "backend") -> list[tuple[str, str, bool]]:
-    """The (name, value, was a name alone) in `text`. The first value may go without its name, `implied`."""
+def split(text: str, implied: str | None = "backend") -> list[tuple[str, str, bool]]:
+    """The (name, value, was a name alone) in `text`. The first value may go without its name, `implied`, if given."""
     pairs: list[tuple[str, str, bool]] = []
     position = 0
     while position < len(text):
@@ -105,7 +105,7 @@ def split(text: str, implied: str = "backend") -> list[tuple[str, str, bool]]:
         if stop < len(text) and text[stop] == "=":
             value, end = _value(text, stop + 1)
             pairs.append((text[position:stop], value, False))
-        elif not pairs:
+        elif not pairs and implied is not None:
             value, end = _value(text, position)
             pairs.append((implied, value, False))
         else:
@@ -192,8 +192,8 @@ def parse(text: str) -> Opts:
     """Parse the argument of ``--chardev``. Raises Error."""
     opts = Opts()
     pairs = split(text)
-    # The label is looked at before everything else, and the first one counts.
-    for name, value, _ in pairs:
+    # The label is looked for before everything else, and the first one counts.
+    for name, value, _ in split(text, None):
         if name == "id":
             opts.set_id(value)
             break

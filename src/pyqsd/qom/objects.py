@@ -43,7 +43,7 @@ class Objects:
         self._chardevs = chardevs
         self._objects: dict[str, UserObject] = {}
         #: Objects that are being created: they have their name, but nobody can use them yet.
-        self._incomplete: set[str] = set()
+        self._incomplete: dict[str, UserObject] = {}
 
     def __iter__(self) -> Iterator[UserObject]:
         return iter(tuple(self._objects.values()))
@@ -63,7 +63,7 @@ class Objects:
         """What the secret `id` holds. Raises Error."""
         from pyqsd.qom.secret_common import SecretObject
 
-        obj = self._objects.get(id)
+        obj = self._objects.get(id) or self._incomplete.get(id)
         if obj is None:
             raise Error(f"No secret with id '{id}'", errno.ENOENT)
         if not isinstance(obj, SecretObject):
@@ -88,11 +88,11 @@ class Objects:
         # "type" is what the container of the objects itself has as a property.
         if obj.id in self._objects or obj.id in self._incomplete or obj.id == "type":
             raise Error(f"attempt to add duplicate property '{obj.id}' to object (type 'container')", errno.EEXIST)
-        self._incomplete.add(obj.id)
+        self._incomplete[obj.id] = obj
         try:
             await obj.complete()
         finally:
-            self._incomplete.discard(obj.id)
+            del self._incomplete[obj.id]
         self._objects[obj.id] = obj
         return obj
 
