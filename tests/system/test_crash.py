@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import images, nbd
-from tests.support.daemon import DaemonProcess
+from tests.support import images, nbd, peers
+from tests.support.daemon import DaemonProcess, poll
 from tests.support.images import KiB, MiB
 from tests.support.nbd import NbdClient
 
@@ -172,6 +172,8 @@ def crash(root: Path, kind: Kind, seed: int, daemon_kind: str) -> int:
 def judge(root: Path, kind: Kind, history: History, answered: int) -> int:
     """The image after the crash."""
     disk = root / "disk.qcow2"
+    # Requests that the kernel still has in its hands (io_uring) hold the file, and its locks, for a moment.
+    poll(lambda: peers.run("qemu-img", "info", disk, ok=()).returncode == 0, "the locks to go")
     found = images.check(disk)
     assert not found.get("check-errors"), found
     if "lazy" in kind.options:
