@@ -159,6 +159,8 @@ def test_deep_value_is_refused_not_a_crash() -> None:
 def test_what_is_no_wire_type() -> None:
     with pytest.raises(TypeError):
         convert({}, dict[str, int])
+    with pytest.raises(TypeError, match="without a name"):
+        convert("a", str | Null)
 
 
 async def resize(

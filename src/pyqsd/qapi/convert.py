@@ -195,7 +195,9 @@ def _make(typ: Any, keyval: bool) -> Converter:
         return lambda value, name: value
     members = union_members(typ)
     if members is not None:
-        return _make_alternate(members, alternate.name if alternate else "alternate", keyval)
+        if alternate is None:
+            raise TypeError(f"{typ!r} is an alternate without a name")
+        return _make_alternate(members, alternate.name, keyval)
     if typ is int:
         return _make_int(bounds or IntRange("int", -(1 << 63), (1 << 63) - 1), keyval)
     if typ is bool:
