@@ -206,3 +206,23 @@ def test_nothing_is_left_open_when_it_fails(workdir: Path) -> None:
         assert len(os.listdir("/proc/self/fd")) == before
 
     run(test)
+
+
+def test_numbers_with_suffixes(workdir: Path) -> None:
+    name = 'json:{"driver":"raw","size":"64k","offset":"1M","file":{"driver":"file","filename":"a.img"}}'
+    overlay(workdir / "top.qcow2", name.replace("1M", "1k"))
+
+    async def test(daemon: Daemon) -> None:
+        await daemon.qmp("blockdev-add", top("top.qcow2"))
+        backing = (await node(daemon, "top"))["image"]["backing-image"]
+        assert backing["virtual-size"] == 65536
+        assert backing["filename"].startswith('json:{"offset": 1024, "driver": "raw", "size": 65536, ')
+
+    run(test)
+    overlay(workdir / "top.qcow2", name)
+
+    async def too_far(daemon: Daemon) -> None:
+        message = await refused(daemon.qmp("blockdev-add", top("top.qcow2")))
+        assert message.startswith("Could not open backing file: The sum of offset (1048576) and size (65536)")
+
+    run(too_far)

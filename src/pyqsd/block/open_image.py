@@ -11,28 +11,37 @@ import asyncio
 import errno
 import logging
 import os
+import re
 import stat
 from contextvars import ContextVar
-from typing import Any
+from enum import Enum
+from functools import cache
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from pyqsd.block import filenames, registry
 from pyqsd.block.child import Child
 from pyqsd.block.driver import ROLE_COW, Driver
 from pyqsd.block.node import Node
-from pyqsd.block.options import BlockdevOptions
+from pyqsd.block.options import BlockdevCacheOptions, BlockdevOptions
 from pyqsd.qapi.convert import convert
 from pyqsd.qapi.errors import Error
 from pyqsd.qapi.json_stream import parse_text
+from pyqsd.qapi.types import Size
 
 log = logging.getLogger(__name__)
 
 #: Formats tell themselves from the others by the first bytes of a file.
 _PROBE_BYTES = 512
 
+_WHOLE = re.compile(r"-?[0-9]+")
+
 #: What is being opened above: identities of images (see `_identity`), the outermost first.
 _opening: ContextVar[tuple[Any, ...]] = ContextVar("_opening", default=())
 
 _Tree = dict[str, Any]
+
+_MIXED = "Cannot reference an existing block device with additional options or a new filename"
 
 
 async def open_backing(node: Node, filename: str, fmt: str | None) -> Child | None:
@@ -118,38 +127,32 @@ def _from_json(text: str) -> _Tree:
     if not isinstance(value, dict):
         raise Error("Invalid JSON object given", errno.EINVAL)
     tree: _Tree = {}
-    for path, leaf in _leaves(value, ""):
-        _put(tree, path, leaf)
+    # Without recursion: a name may be nested deeper than the interpreter's stack is.
+    rest: list[tuple[str, Any]] = list(value.items())[::-1]
+    while rest:
+        path, item = rest.pop()
+        if isinstance(item, dict):
+            rest += [(f"{path}.{key}", inner) for key, inner in item.items()][::-1]
+        elif isinstance(item, list):
+            rest += [(f"{path}.{index}", inner) for index, inner in enumerate(item)][::-1]
+        elif item is None or isinstance(item, str):
+            _put(tree, path, item)
+        elif path.rpartition(".")[2] not in ("driver", "filename"):
+            # Those that are no names count for nothing, as in QSD.
+            _put(tree, path, ("on" if item else "off") if isinstance(item, bool) else str(item))
     return tree
 
 
-def _leaves(value: Any, path: str) -> list[tuple[str, Any]]:
-    """Members may be nested or dotted, as one likes."""
-    if isinstance(value, dict):
-        items = list(value.items())
-    elif isinstance(value, list):
-        items = [(str(index), item) for index, item in enumerate(value)]
-    elif value is None or isinstance(value, str):
-        return [(path, value)]
-    elif path.rpartition(".")[2] in ("driver", "filename"):
-        # Not a name; QSD goes on as if nothing were there.
-        return []
-    elif isinstance(value, bool):
-        return [(path, "on" if value else "off")]
-    else:
-        return [(path, str(value))]
-    return [leaf for key, item in items for leaf in _leaves(item, f"{path}.{key}" if path else key)]
-
-
 def _put(tree: _Tree, path: str, leaf: Any) -> None:
+    """Members may be nested or dotted, as one likes."""
     *outer, last = path.split(".")
     for key in outer:
         inner = tree.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise Error(f"Cannot mix scalar and non-scalar keys: '{path}'", errno.EINVAL)
+            raise Error(_MIXED, errno.EINVAL)
         tree = inner
     if isinstance(tree.get(last), dict):
-        raise Error(f"Cannot mix scalar and non-scalar keys: '{path}'", errno.EINVAL)
+        raise Error(_MIXED, errno.EINVAL)
     tree[last] = leaf
 
 
@@ -236,14 +239,50 @@ def _check_members(tree: _Tree) -> None:
         if key == "driver":
             continue
         if key not in known:
-            if cls.is_protocol:
-                raise Error(f"Block protocol '{cls.name}' doesn't support the option '{key}'", errno.EINVAL)
-            raise Error(f"Block format '{cls.name}' does not support the option '{key}'", errno.EINVAL)
+            raise _unknown(cls, key)
         if isinstance(value, dict):
             if "driver" in value:
                 _check_members(value)
-            else:
-                tree[key] = _listed(value)
+                continue
+            if key == "cache":
+                for member in value:
+                    if member not in BlockdevCacheOptions.__struct_encode_fields__:
+                        raise _unknown(cls, f"cache.{member}")
+            tree[key] = _listed(value)
+        elif isinstance(value, str):
+            tree[key] = _plain(cls, key, value)
+
+
+def _unknown(cls: type[Driver], option: str) -> Error:
+    if cls.is_protocol:
+        return Error(f"Block protocol '{cls.name}' doesn't support the option '{option}'", errno.EINVAL)
+    return Error(f"Block format '{cls.name}' does not support the option '{option}'", errno.EINVAL)
+
+
+def _plain(cls: type[Driver], key: str, value: str) -> str:
+    """`value` for the option `key` as key=value text. Images may have suffixes in any number, unlike users. Raises
+    Error with the words that QSD has for this way of giving options."""
+    kind = _kinds(cls.name)[key]
+    if kind is int and not _WHOLE.fullmatch(value):
+        try:
+            return str(convert(value, Size, keyval=True, name=key))
+        except Error as exc:
+            raise Error(f"Parameter '{key}' expects a non-negative number below 2^64", errno.EINVAL) from exc
+    if isinstance(kind, type) and issubclass(kind, Enum) and value not in [member.value for member in kind]:
+        raise Error("Invalid discard option" if key == "discard" else f"invalid parameter value: {value}", errno.EINVAL)
+    return value
+
+
+@cache
+def _kinds(driver: str) -> dict[str, Any]:
+    """The types of a driver's options by wire name: those that are not optional, or what is left without None."""
+    options = registry.driver_class(driver).Options
+    hints = get_type_hints(options)
+    kinds: dict[str, Any] = {}
+    for name, wire in zip(options.__struct_fields__, options.__struct_encode_fields__, strict=True):
+        args = [arg for arg in get_args(hints[name]) if arg is not NoneType]
+        kinds[wire] = args[0] if len(args) == 1 else hints[name]
+    return kinds
 
 
 def _identity(tree: _Tree) -> Any:
