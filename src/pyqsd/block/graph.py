@@ -141,7 +141,7 @@ class Graph:
         self.link(child)
         try:
             graph_perms.refresh(
-                [node], {child: parent.driver.child_perms(child, role, *graph_perms.cumulative(parent))}
+                [node], {child: graph_perms.child_perms(parent, child, *graph_perms.cumulative(parent))}
             )
         except BaseException:
             self.unlink(child)

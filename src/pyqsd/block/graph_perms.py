@@ -47,6 +47,13 @@ def default_child_perms(driver: Driver, child: Child, role: int, perm: int, shar
     return need, share
 
 
+def child_perms(parent: Node, child: Child, perm: int, shared: int) -> Perms:
+    """What `parent`, whose own parents need `perm` and share `shared`, needs and shares on `child`."""
+    need, share = parent.driver.child_perms(child, child.role, perm, shared)
+    # With force-share a child lets everybody else do everything.
+    return need, perms.ALL if child.node.force_share else share
+
+
 def _topological(roots: Iterable[Node]) -> list[Node]:
     """All nodes reachable from `roots`, parents before children."""
     order: list[Node] = []
@@ -115,7 +122,7 @@ def refresh(roots: Iterable[Node], given: dict[Child, Perms] | None = None) -> N
             if node.opened:
                 node.driver.check_perm(perm, shared)
             for child in node.children:
-                new[child] = node.driver.child_perms(child, child.role, perm, shared)
+                new[child] = child_perms(node, child, perm, shared)
     except BaseException:
         for node, _, _ in reversed(prepared):
             if node.opened:
