@@ -151,7 +151,7 @@ async def _resolve(address: InetSocketAddress, passive: bool) -> list[tuple[int,
     unresolved = Error(
         f"address resolution failed for {address.host}:{address.port}: {_GAI_TEXTS[socket.EAI_NONAME]}", errno.EINVAL
     )
-    if not address.host and not address.port:
+    if not address.host and not (passive and address.port):
         raise unresolved
     family = socket.AF_UNSPEC
     if bool(ipv4) != bool(ipv6):
