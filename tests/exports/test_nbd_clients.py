@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.exports import rawnbd as raw
 from tests.exports.service import Service
 from tests.support import images, peers
 
@@ -278,3 +280,25 @@ def test_sparse_copies_stay_sparse(service: Service, tmp_path: Path) -> None:
     peers.run("nbdcopy", service.uri("disk"), copy)
     assert copy.stat().st_size == 64 * MiB
     assert copy.stat().st_blocks * 512 < MiB
+
+
+def test_zeroes_in_metadata_come_as_holes(service: Service) -> None:
+    """What a qcow2 image's tables know to be zero is not sent byte by byte; with DF, and for small reads, it is."""
+    directory = service.directory
+    images.create(directory / "base.qcow2", 4 * MiB, "qcow2", "", None, None, directory)
+    images.io(directory / "base.qcow2", "write -P 7 0 256k", cwd=directory)
+    images.create(directory / "top.qcow2", 8 * MiB, "qcow2", "", "base.qcow2", "qcow2", directory)
+    images.io(directory / "top.qcow2", "write -z 64k 64k", cwd=directory)
+    service.start()
+    service.blockdev(driver="qcow2", node_name="q", file={"driver": "file", "filename": str(directory / "top.qcow2")})
+    service.export("q")
+    client = service.client("q")
+    client.read(0, 8 * MiB)  # the tables are in memory now
+    for offset, length in ((65536, 65536), (65536 + 100, 30000), (MiB, 65536), (5 * MiB, MiB), (3 * MiB, 65536)):
+        ((_, flags, kind, payload),) = client.ask(raw.READ, offset, length)
+        assert (flags, kind, payload) == (1, 2, struct.pack(">QI", offset, length))
+        ((_, flags, kind, payload),) = client.ask(raw.READ, offset, length, b"", raw.DF)
+        assert (flags, kind, payload) == (1, 1, struct.pack(">Q", offset) + bytes(length))
+    for offset, length in ((0, 65536), (65536 - 1, 65536), (65536, 65537), (192 * 1024, 128 * 1024)):
+        expected = bytearray(b"\7" * 65536 + bytes(65536) + b"\7" * 131072 + bytes(MiB))[offset : offset + length]
+        assert client.read(offset, length) == expected

@@ -163,6 +163,11 @@ class BlockBackend:
         edge = self.edge
         return edge is not None and not self.quiesced and edge.node.read_now(offset, length, iov)
 
+    def reads_as_zeroes_now(self, offset: int, length: int) -> bool:
+        """Whether the whole range is known, without any waiting or I/O, to read as zeroes."""
+        edge = self.edge
+        return edge is not None and not self.quiesced and edge.node.reads_as_zeroes_now(offset, length)
+
     def write_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
         """Write the whole range in place if that takes no waiting; False otherwise."""
         edge = self.edge

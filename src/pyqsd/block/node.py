@@ -149,6 +149,32 @@ class Node:
             return False
         return self.driver.read_now(offset, length, iov)
 
+    def reads_as_zeroes_now(self, offset: int, length: int) -> bool:
+        """Whether the whole range is known, without any waiting or I/O, to read as zeroes."""
+        node: Node = self
+        while offset + length <= node.length:
+            driver = node.driver
+            if driver.is_filter:
+                # It may have something to say about every read.
+                return False
+            extent = driver.map(offset, length)
+            if extent is None:
+                return False
+            n, flags, below, at = extent
+            if n < length or flags & DRIVER:
+                return False
+            if flags & ZERO:
+                return True
+            if flags & RAW and below is not None:
+                node, offset = below, at
+            elif flags & (ALLOCATED | OFFSET_VALID) or not driver.supports_backing:
+                return False
+            elif driver.backing is None or offset >= driver.backing.node.length:
+                return True
+            else:
+                node = driver.backing.node
+        return False
+
     def read_mapped_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
         """`Driver.read_now` of drivers that have a map."""
         extent = self.driver.map(offset, length)

@@ -39,6 +39,10 @@ log = logging.getLogger(__name__)
 _RX: Final = 256 << 10
 #: Bytes of replies that are collected before they are sent.
 _TX: Final = 256 << 10
+#: Bytes of replies that are sent before the rest of the batch is handled, so that the client gets to work meanwhile.
+_SEND: Final = 64 << 10
+#: Reads from this size on are answered with a hole where they are known to be zeroes: looking is worth it then.
+_HOLE: Final = 16 << 10
 #: Reads up to this many bytes share the send buffer.
 _SHARED_READ: Final = 128 << 10
 #: Payloads from this size on are received into their own buffer.
@@ -386,9 +390,11 @@ class Connection:
         backend = export.backend
         read_now = backend.read_now
         write_now = backend.write_now
+        holes = backend.reads_as_zeroes_now
         size = export.size
         fast_write = export.writable and not export.writethrough
         mode = self.mode
+        hole = _HOLE if mode else _SHARED_READ + 1
         if mode == p.EXTENDED:
             unpack, header_size, wanted = (
                 p.EXTENDED_REQUEST.unpack_from,
@@ -433,7 +439,11 @@ class Connection:
             ):
                 at = filled + data_head
                 stop = at + length
-                if stop > _TX:
+                if length >= hole and holes(offset, length):
+                    self._reply_hole(cookie, offset, length)
+                    position += header_size
+                    continue
+                if stop > _TX or filled > _SEND:
                     tx = self._send_batch(tx, filled)
                     filled = 0
                     if self._closed:
@@ -489,6 +499,8 @@ class Connection:
             if after < 0:
                 break
             position = after
+            if self._closed:
+                return
             if self._blocked():
                 self._stalled = True
                 break
@@ -580,7 +592,7 @@ class Connection:
     def _read_request(self, flags: int, cookie: int, offset: int, length: int) -> None:
         export = self.export
         assert export is not None
-        if self.mode and not flags & p.CMD_FLAG_DF and requests.reads_as_zeroes_now(export, offset, length):
+        if self.mode and not flags & p.CMD_FLAG_DF and export.backend.reads_as_zeroes_now(offset, length):
             self._reply_hole(cookie, offset, length)
             return
         buffer = POOL.get(length)

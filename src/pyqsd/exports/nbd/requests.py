@@ -77,11 +77,6 @@ def write_now(export: NbdExport, offset: int, length: int, view: memoryview) -> 
         return False
 
 
-def reads_as_zeroes_now(export: NbdExport, offset: int, length: int) -> bool:
-    """Whether the range is known to read as zeroes without any waiting or I/O."""
-    return False
-
-
 async def block_status(
     export: NbdExport, ids: list[int], offset: int, length: int, most: int
 ) -> list[tuple[int, Extents]]:
