@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from pyqsd.block import filenames
+from pyqsd.block.open_image import resolve, to_options
+from pyqsd.block.options import BlockdevOptions
 from pyqsd.monitor.daemon import Daemon
 from pyqsd.qapi.errors import Error
 
@@ -226,3 +231,37 @@ def test_numbers_with_suffixes(workdir: Path) -> None:
         assert message.startswith("Could not open backing file: The sum of offset (1048576) and size (65536)")
 
     run(too_far)
+
+
+KEYS = ["driver", "file", "filename", "backing", "size", "offset", "cache", "direct", "node-name", "0", "read-only", ""]
+WORDS = ["raw", "qcow2", "file", "null-co", "a.img", "on", "64k", "1e9", "-1", "\0", "json:{}", ""]
+leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.sampled_from(WORDS), st.text(max_size=5))
+keys = st.lists(st.sampled_from(KEYS), min_size=1, max_size=3).map(".".join)
+trees = st.recursive(
+    leaves,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(keys, inner, max_size=4)),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    name=st.one_of(
+        trees.map(lambda tree: "json:" + json.dumps(tree)),
+        st.text(max_size=30),
+        st.text(max_size=30).map(lambda text: "json:" + text),
+        st.text(max_size=10).map(lambda text: "host_device:" + text),
+    ),
+    fmt=st.sampled_from([None, None, "raw", "file", "null-co", "qcow2", "nosuch", "\0"]),
+)
+@example(name='json:{"driver":"qcow2","file":{"driver":"raw","file":{"driver":"qcow2","file":"a"}}}', fmt=None)
+@example(name='json:{"driver":"raw","file":{"driver":null}}', fmt=None)
+def test_any_name_gives_options_or_an_error(name: str, fmt: str | None) -> None:
+    try:
+        tree = resolve(name, fmt)
+        tree.setdefault("driver", "raw")
+        options = to_options(tree)
+    except Error as exc:
+        assert exc.desc
+    else:
+        assert isinstance(options, BlockdevOptions)
