@@ -72,7 +72,7 @@ async def query_commands(dispatcher: Dispatcher, /) -> list[CommandInfo]:
 @command("query-qmp-schema")
 async def query_qmp_schema(dispatcher: Dispatcher, /) -> list[SchemaInfo]:
     """All commands, events and types."""
-    return dispatcher.schema()
+    return await dispatcher.schema()
 
 
 @command("quit")

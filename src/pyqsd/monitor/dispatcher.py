@@ -101,10 +101,11 @@ class Dispatcher:
             services.append(service if service is not None else self.services[typ])
         return await command.func(*services, **keywords)
 
-    def schema(self) -> list[SchemaInfo]:
-        """What ``query-qmp-schema`` tells."""
+    async def schema(self) -> list[SchemaInfo]:
+        """What ``query-qmp-schema`` tells. The first time all drivers are loaded: in a thread, as it takes a while."""
         if self._schema is None:
-            self._schema = query_qmp_schema(self.commands)
+            loop = asyncio.get_running_loop()
+            self._schema = await loop.run_in_executor(None, query_qmp_schema, self.commands)
         return self._schema
 
     async def execute(self, name: str, arguments: dict[str, Any] | None = None) -> Any:
