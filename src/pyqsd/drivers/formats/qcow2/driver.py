@@ -214,6 +214,10 @@ class Qcow2(Driver):
         self._last_key = -1
         self._preallocated = None
         await resize.truncate(self.image, self._writer, self._unmapper, length, preallocation, zero_new)
+        # The default size of the cache follows that of the disk.
+        new = make_settings(self.options, self.image.header, self.node.discard_unmap, self.length())
+        self.image.settings = new
+        self.image.l2.max_slices = max(2, new.l2_cache_bytes // new.l2_slice_bytes)
 
     # --- where the data is -------------------------------------------------------------------------------------------
 

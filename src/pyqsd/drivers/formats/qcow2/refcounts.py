@@ -28,11 +28,13 @@ _TYPECODES = {4: "H", 5: "I", 6: "Q"}
 
 
 class MissingBlock(Exception):
-    """The refcount block `index` must be in memory first (`Refcounts.load`)."""
+    """The refcount block `index` must be in memory first (`Refcounts.load_missing`). `together`: with those that are
+    there already, so none of them may be evicted for it."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, together: bool) -> None:
         super().__init__(index)
         self.index = index
+        self.together = together
 
 
 class Block:
@@ -210,7 +212,11 @@ class Refcounts:
         self._moving = None
         self.hint = 0
 
-    async def load(self, index: int) -> Block | None:
+    async def load_missing(self, missing: MissingBlock) -> None:
+        """Bring what an allocation lacked to memory. Raises OSError."""
+        await self.load(missing.index, not missing.together)
+
+    async def load(self, index: int, evict: bool = True) -> Block | None:
         """The block `index`, from disk if need be; None if there is none. Raises OSError."""
         block = self.blocks.get(index)
         if block is not None:
@@ -222,7 +228,8 @@ class Refcounts:
         image = self.image
         if offset & image.cluster_mask:
             raise image.corrupt(f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})")
-        await self._make_room()
+        if evict:
+            await self.make_room()
         data = await image.file.pread(offset, image.cluster_size)
         again = self.blocks.get(index)
         if again is not None:
@@ -231,22 +238,26 @@ class Refcounts:
         self.blocks[index] = block
         return block
 
-    async def _make_room(self) -> None:
+    async def make_room(self) -> None:
+        """Evict blocks until there is room for one more. Raises OSError."""
         if len(self.blocks) < self.max_blocks:
             return
-        if len(self._dirty) >= len(self.blocks):
+        if len(self._dirty) * 2 > len(self.blocks):
             await self.write()
-        for index in list(self.blocks):
-            block = self.blocks[index]
-            if block.used:
-                # A second chance; it goes to the end of the queue.
-                block.used = False
-                del self.blocks[index]
-                self.blocks[index] = block
-            elif not block.hi and not block.busy:
-                del self.blocks[index]
-                if len(self.blocks) < self.max_blocks:
-                    return
+        for _ in range(2):
+            for index in list(self.blocks):
+                block = self.blocks.get(index)
+                if block is None:
+                    continue
+                if block.used:
+                    # A second chance; it goes to the end of the queue.
+                    block.used = False
+                    del self.blocks[index]
+                    self.blocks[index] = block
+                elif not block.hi and not block.busy:
+                    del self.blocks[index]
+                    if len(self.blocks) < self.max_blocks:
+                        return
 
     def drop_unused(self) -> None:
         """Forget clean blocks that were not used since the last call (``cache-clean-interval``)."""
@@ -301,9 +312,9 @@ class Refcounts:
             try:
                 return self.allocate_now(count, contiguous, floor)
             except MissingBlock as missing:
-                await self.load(missing.index)
+                await self.load_missing(missing)
 
-    def _counts(self, index: int) -> Counts | None:
+    def _counts(self, index: int, together: bool) -> Counts | None:
         """The counts of a block in memory; None where there is no block yet."""
         block = self.blocks.get(index)
         if block is not None:
@@ -311,25 +322,29 @@ class Refcounts:
             return block.counts
         if index >= len(self.table) or not self.table[index] & REFTABLE_MASK:
             return None
-        raise MissingBlock(index)
+        raise MissingBlock(index, together)
 
     def _next_free(self, cluster: int) -> int:
         while True:
             index = cluster >> self.block_bits
-            counts = self._counts(index)
+            counts = self._counts(index, False)
             if counts is None:
                 return cluster
             found = counts.next_free(cluster & (self.block_entries - 1))
             if found >= 0:
                 return (index << self.block_bits) + found
-            cluster = (index + 1) << self.block_bits
+            following = (index + 1) << self.block_bits
+            if cluster <= self.hint < following:
+                # So that a long search, which waits for blocks in between, does not begin anew every time.
+                self.hint = following
+            cluster = following
 
     def _free_run(self, cluster: int, count: int) -> int:
         at, end = cluster, cluster + count
         while at < end:
             index = at >> self.block_bits
             stop = min(end, (index + 1) << self.block_bits)
-            counts = self._counts(index)
+            counts = self._counts(index, True)
             if counts is None:
                 at = stop
                 continue

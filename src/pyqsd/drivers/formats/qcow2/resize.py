@@ -9,8 +9,9 @@ import errno
 from array import array
 from typing import TYPE_CHECKING
 
+from pyqsd.block.extents import DATA
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2.tables import COPIED, OFFSET_MASK, ZERO
+from pyqsd.drivers.formats.qcow2.tables import COPIED, OFFSET_MASK
 from pyqsd.qapi.errors import Error, from_oserror
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ async def truncate(
             await _grow_l1(image, entries)
         except OSError as exc:
             raise _prefixed("Failed to grow the L1 table", exc) from exc
+    if old & image.cluster_mask and length > old:
+        await _clear_tail(image, writer, old, min(length, (old + image.cluster_mask) & ~image.cluster_mask))
     if preallocation != "off" and length > old:
         await _preallocate(image, writer, old, length, preallocation)
     elif zero_new and length > old:
@@ -115,6 +118,16 @@ async def _zero_new(image: Image, writer: Writer, unmapper: Unmapper, old: int, 
         raise _prefixed("Failed to zero out the new area", exc) from exc
 
 
+async def _clear_tail(image: Image, writer: Writer, start: int, end: int) -> None:
+    """The last cluster may still hold what was there before the disk was made smaller."""
+    try:
+        _, flags, _, _ = await image.node.driver.load_map(start, 1)
+        if flags & DATA:
+            await _write_zeroes(writer, start, end)
+    except OSError as exc:
+        raise _prefixed("Failed to zero out the new area", exc) from exc
+
+
 async def _write_zeroes(writer: Writer, start: int, end: int) -> None:
     from pyqsd.block import iov as iovs
 
@@ -126,58 +139,51 @@ async def _write_zeroes(writer: Writer, start: int, end: int) -> None:
 
 async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode: str) -> None:
     """Allocate clusters for ``[old, length)``: in the tables only, or with their space in the file too."""
-    bits = image.cluster_bits
-    file = image.file
-    # Beyond the end of the file, where everything reads as zeroes.
-    floor = (max(file.length, image.touched_end) + image.cluster_mask) >> bits
+    bits, l2 = image.cluster_bits, image.l2
     at = (old + image.cluster_mask) >> bits
     stop = (length + image.cluster_mask) >> bits
-    end = floor << bits
-    try:
-        if old & image.cluster_mask:
-            await _write_zeroes(writer, old, min(at << bits, length))
-        while at < stop:
-            found = await image.l2.load_for_write(at << bits >> image.l2.slice_shift)
-            index = at & (image.l2.slice_entries - 1)
-            count = min(stop - at, image.l2.slice_entries - index)
+    text = "Could not preallocate new data" if mode == "metadata" else "Failed to allocate data clusters"
+    if image.reserved:
+        # What was reserved must get its space too.
+        await image.cut_tail()
+    while at < stop:
+        try:
+            found = await l2.load_for_write(at << bits >> l2.slice_shift)
+            index = at & (l2.slice_entries - 1)
+            count = min(stop - at, l2.slice_entries - index)
             entries = found.entries
             if entries[index] & OFFSET_MASK:
                 # Left over beyond the old end; it must read as zeroes now.
-                entries[index] |= ZERO if image.header.version >= 3 else 0
-                image.l2.touched(found, index, index + 1)
+                await _write_zeroes(writer, at << bits, (at + 1) << bits)
                 at += 1
                 continue
+            taken = next((n for n in range(count) if entries[index + n] & OFFSET_MASK), count)
+            # Beyond the end of the file, where everything reads as zeroes.
+            floor = (max(image.file.length, image.touched_end) + image.cluster_mask) >> bits
             found.pins += 1
             try:
-                first, got = await image.refcounts.allocate(count, floor=floor)
+                first, got = await image.refcounts.allocate(taken, floor=floor)
             finally:
                 found.pins -= 1
-            for position in range(got):
-                if entries[index + position] & OFFSET_MASK:
-                    image.refcounts.release(first + position, got - position)
-                    got = position
-                    break
-                entries[index + position] = (first + position) << bits | COPIED
-            image.l2.touched(found, index, index + got)
-            image.barrier = True
-            at += got
-            floor = first + got
-            end = max(end, floor << bits)
-            image.touched_end = max(image.touched_end, end)
-    except OSError as exc:
-        raise _prefixed(
-            "Could not preallocate new data" if mode == "metadata" else "Failed to allocate data clusters", exc
-        )
-    try:
-        if mode != "metadata" and image.reserved:
-            # What was reserved must get its space too.
-            await image.cut_tail()
-        if end > file.length:
-            await file.truncate(end, preallocation="off" if mode == "metadata" else mode)
-    except (OSError, Error) as exc:
-        if isinstance(exc, OSError):
-            raise _prefixed("Failed to resize underlying file", exc) from exc
-        raise exc.prefixed("Failed to resize underlying file: ") from exc
+        except OSError as exc:
+            raise _prefixed(text, exc) from exc
+        end = (first + got) << bits
+        image.touched_end = max(image.touched_end, end)
+        try:
+            if end > image.file.length:
+                await image.file.truncate(end, preallocation="off" if mode == "metadata" else mode)
+        except (OSError, Error) as exc:
+            image.refcounts.release(first, got)
+            error = from_oserror(exc, "Failed to resize underlying file") if isinstance(exc, OSError) else exc
+            if error is exc:
+                error = exc.prefixed("Failed to resize underlying file: ")
+            raise error from exc
+        found = await l2.load_for_write(at << bits >> l2.slice_shift)
+        for position in range(got):
+            found.entries[index + position] = (first + position) << bits | COPIED
+        l2.touched(found, index, index + got)
+        image.barrier = True
+        at += got
 
 
 async def _shrink(image: Image, unmapper: Unmapper, old: int, length: int) -> None:

@@ -30,6 +30,9 @@ _ZERO_CALL_FROM = 256 << 10
 #: Freed space (bytes) waiting for the next flush that makes an allocation bring that about by itself.
 _FREED_MOST = 64 << 20
 
+#: New refcount blocks that may be in memory beyond the size of the cache before some must go.
+_BLOCKS_MORE = 16
+
 _IN_PLACE = 1
 _REUSE = 2
 _ALLOCATE = 3
@@ -115,9 +118,11 @@ class Writer:
                 if image.freed_clusters << bits > _FREED_MOST:
                     await image.write_back()
                     continue
+                if len(image.refcounts.blocks) > image.refcounts.max_blocks + _BLOCKS_MORE:
+                    await image.refcounts.make_room()
                 missing = self._allocate(count)
-                if isinstance(missing, int):
-                    await image.refcounts.load(missing)
+                if isinstance(missing, MissingBlock):
+                    await image.refcounts.load_missing(missing)
                     continue
                 host, count = missing
             n = min(length, (count << bits) - (offset & image.cluster_mask))
@@ -135,13 +140,13 @@ class Writer:
                 count = other.first - first
         return count
 
-    def _allocate(self, count: int) -> tuple[int, int] | int:
+    def _allocate(self, count: int) -> tuple[int, int] | MissingBlock:
         """Up to `count` new clusters: (host offset, how many), or the refcount block that must be loaded first."""
         image = self.image
         try:
             cluster, got = image.refcounts.allocate_now(count)
         except MissingBlock as missing:
-            return missing.index
+            return missing
         return cluster << image.cluster_bits, got
 
     def _plan(self, found: Slice, offset: int, length: int) -> tuple[int, int, int]:
