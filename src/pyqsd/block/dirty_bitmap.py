@@ -9,7 +9,6 @@ Offsets, lengths and granularities are bytes.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 from pyqsd.qapi.errors import Error
@@ -371,6 +370,8 @@ class DirtyBitmap:
 
     def sha256(self) -> str:
         """The digest of all bits in words of 64, in hexadecimal, as ``x-debug-block-dirty-bitmap-sha256`` has it."""
+        import hashlib
+
         digest = hashlib.sha256()
         left = max((self._nbits + 63) // 64, 1) * 8
         clean = bytes(self._chunk_bytes)
