@@ -3,7 +3,7 @@
 A `Session` is a command line and a list of steps, run on both daemons in directories that look the same to them (the
 same relative names, fresh copies of the same images). Only these are normalised: time stamps, the version, the
 program's own name, generated node names (their last two digits are random; they are numbered by their first appearance
-in the session), and the order of keys. Everything else that differs is a failure, unless `KNOWN` explains it; an
+in the session), the order of keys, and of lists that come out of a hash table. Everything else that differs is a failure, unless `KNOWN` explains it; an
 explained difference that is not there any more fails as well.
 """
 
@@ -23,9 +23,11 @@ from typing import Any
 import pytest
 
 from tests.support.daemon import DaemonFailed, DaemonProcess, run_to_end
+from tests.support.qmp import QmpClient
 from tests.system.known_differences import KNOWN
 
 STEP_TIMEOUT = 15.0
+SHOWN = 25  # differences of one session that are printed
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Session:
     images: tuple[str, ...] = ()
     negotiate: bool = True
     may_fail_to_start: bool = False
+    compare_stderr: bool = False
 
 
 def cmd(name: str, /, **arguments: Any) -> dict[str, Any]:
@@ -151,6 +154,19 @@ class NodeNames:
         return json.loads(self.PATTERN.sub(lambda m: self.seen.setdefault(m[0], f"#block-{len(self.seen)}"), text))
 
 
+# Lists that QSD takes out of a hash table, in no order, and what they are sorted by here.
+UNORDERED = {"query-chardev": "label", "qom-list": "name"}
+
+
+def command(qmp: QmpClient, message: dict[str, Any]) -> Any:
+    """A command's reply; unordered lists in it are sorted."""
+    reply = qmp.raw_command(message)
+    key = UNORDERED.get(str(message.get("execute")))
+    if key and isinstance(reply.get("return"), list):
+        reply["return"].sort(key=lambda entry: str(entry[key]))
+    return reply
+
+
 def run_step(step: Step, context: Context) -> Any:
     qmp = context.daemon.qmp
     if isinstance(step, Do):
@@ -169,9 +185,7 @@ def run_step(step: Step, context: Context) -> Any:
                 return replies
     if isinstance(step, Subset):
         return qmp.raw_command(step.command if isinstance(step.command, dict) else {"execute": step.command})
-    if isinstance(step, str):
-        return qmp.raw_command({"execute": step})
-    return qmp.raw_command(step)
+    return command(qmp, {"execute": step} if isinstance(step, str) else step)
 
 
 def run_session(kind: str, session: Session, workdir: Path) -> list[tuple[str, Any]]:
@@ -214,7 +228,8 @@ def run_session(kind: str, session: Session, workdir: Path) -> list[tuple[str, A
         else:
             code = daemon.wait()
         record("exit status", code)
-        record("stderr", program_text(daemon.stderr).splitlines())
+        if session.compare_stderr:
+            record("stderr", program_text(daemon.stderr).splitlines())
         daemon.check_stderr()
     return results
 
@@ -290,7 +305,9 @@ def compare_results(session: Session, theirs: list[tuple[str, Any]], ours: list[
         if name == session.name and label not in labels
     ]
     if problems:
-        pytest.fail(f"session {session.name}: {len(problems)} differences\n" + "\n".join(problems), pytrace=False)
+        more = f"\n… and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        text = "\n".join(problems[:SHOWN]) + more
+        pytest.fail(f"session {session.name}: {len(problems)} differences\n{text}", pytrace=False)
 
 
 def check_command_line(name: str, args: list[str], images: Path, names: Sequence[str], tmp_path: Path) -> None:

@@ -105,7 +105,6 @@ SESSIONS = [
             delete("a"),
             add(driver="host_device", node_name="a", filename="raw.img"),
             add(driver="host_device", node_name="a", filename="/dev/nosuch"),
-            add(driver="host_cdrom", node_name="a", filename="raw.img"),
             NODES,
         ],
         images=("raw.img",),

@@ -90,18 +90,20 @@ MISTAKES: dict[str, list[str]] = {
     "object-no-value": ["--object"],
     "object-empty": ["--object", ""],
     "object-unknown": ["--object", "nosuch,id=a"],
-    "object-no-id": ["--object", "iothread"],
-    "object-bad-id": ["--object", "iothread,id=1"],
-    "object-unexpected": ["--object", "iothread,id=a,nosuch=1"],
-    "object-int": ["--object", "iothread,id=a,poll-max-ns=x"],
-    "object-twice": ["--object", "iothread,id=a", "--object", "iothread,id=a"],
+    "object-no-id": ["--object", "authz-simple"],
+    "object-bad-id": ["--object", "authz-simple,id=1,identity=x"],
+    "object-unexpected": ["--object", "authz-simple,id=a,identity=x,nosuch=1"],
+    "object-bool": ["--object", "authz-list-file,id=a,filename=x,refresh=maybe"],
+    "object-twice": ["--object", "secret,id=a,data=x", "--object", "secret,id=a,data=y"],
     "object-secret": ["--object", "secret,id=s"],
     "object-secret-file": ["--object", "secret,id=s,file=nosuch"],
-    "object-json": ["--object", '{"qom-type": "iothread"}'],
-    "object-help-iothread": ["--object", "iothread,help"],
+    "object-json": ["--object", '{"qom-type": "secret"}'],
+    "object-help-authz-list": ["--object", "authz-list,help"],
+    "object-help-authz-list-file": ["--object", "authz-list-file,help"],
+    "object-help-authz-simple": ["--object", "authz-simple,help"],
+    "object-help-secret-keyring": ["--object", "secret_keyring,help"],
     "object-help-secret": ["--object", "secret,help"],
-    "object-help-throttle-group": ["--object", "throttle-group,help"],
-    "object-help-with-id": ["--object", "iothread,id=a,help"],
+    "object-help-with-id": ["--object", "secret,id=a,help"],
     "chardev-no-value": ["--chardev"],
     "chardev-empty": ["--chardev", ""],
     "chardev-unknown": ["--chardev", "nosuch,id=c"],
@@ -192,7 +194,7 @@ def test_object_help(tmp_path: Path) -> None:
     mine = ours.stdout.splitlines()
     assert mine[0] == theirs.stdout.splitlines()[0]
     assert set(mine) <= set(theirs.stdout.splitlines())
-    assert {"  iothread", "  secret", "  throttle-group"} <= set(mine)
+    assert {"  authz-list", "  authz-list-file", "  authz-simple", "  secret", "  secret_keyring"} <= set(mine)
 
 
 STARTED = [
@@ -208,7 +210,7 @@ STARTED = [
         ],
         args=[
             "--object",
-            "iothread,id=t",
+            "secret,id=t,data=x",
             "--blockdev",
             "driver=file,node-name=f,filename=raw.img,cache.direct=off,discard=unmap",
             "--blockdev",
@@ -238,7 +240,7 @@ STARTED = [
         ],
         args=[
             "--object",
-            '{"qom-type": "iothread", "id": "t", "poll-max-ns": 7}',
+            '{"qom-type": "authz-simple", "id": "t", "identity": "x"}',
             "--blockdev",
             '{"driver": "raw", "node-name": "r", "file": {"driver": "file", "filename": "raw.img"}, "offset": 512}',
             "--nbd-server",
@@ -277,6 +279,7 @@ STARTED = [
 
 @pytest.mark.parametrize("session", STARTED, ids=lambda session: session.name)
 def test_started(session: Session, image_set: Path, tmp_path: Path) -> None:
+    session.compare_stderr = True
     check_session(session, image_set, tmp_path)
 
 

@@ -70,7 +70,7 @@ def second_monitor(context: Context) -> Any:
             client.command("query-version"),
             client.command("qmp_capabilities"),
             client.command("query-version"),
-            client.command("object-add", **{"qom-type": "iothread", "id": "t"}),
+            client.command("object-add", **{"qom-type": "secret", "id": "t", "data": "x"}),
             context.daemon.qmp.command("qom-list", path="/objects"),
         ]
 
