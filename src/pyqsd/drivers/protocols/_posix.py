@@ -30,9 +30,13 @@ MAX_LENGTH: Final = (1 << 63) - (1 << 30)
 
 _WRITERS: Final = perms.WRITE | perms.WRITE_UNCHANGED | perms.RESIZE
 
-#: A write in the loop's thread that takes longer than this (seconds) was held up by the disk, or the memory for dirty
-#: pages is used up: the next ones go to the worker.
+#: A write in the loop's thread that takes longer than this (seconds) was held up: by the disk, because the memory for
+#: dirty pages is used up, or because this thread was off its processor for a while.
 _SLOW: Final = 0.010
+#: The latter comes alone. A second slow one among so many writes means the disk, and the next ones go to the worker.
+_SLOW_AMONG: Final = 16
+#: After so many quick ones, that is forgotten.
+_FORGIVEN: Final = 1024
 #: How long they go there at first, and at most, before the quick way is tried again.
 _AVOID_FIRST: Final = 0.05
 _AVOID_LONGEST: Final = 2.0
@@ -120,6 +124,7 @@ class PosixDriver(Driver):
         self._nowait = True
         self._slow_until = 0.0
         self._avoid = _AVOID_FIRST
+        self._quick_writes = _SLOW_AMONG
         self._extents = Extents()
         #: errno of the flush after which the page cache may have forgotten data that was never written.
         self._flush_error = 0
@@ -507,10 +512,14 @@ class PosixDriver(Driver):
             self._size = offset + done
         after = _perf_counter()
         if after - before > _SLOW:
-            self._slow_until = after + self._avoid
-            self._avoid = min(2 * self._avoid, _AVOID_LONGEST)
-        elif self._avoid != _AVOID_FIRST and after > self._slow_until + 1:
-            self._avoid = _AVOID_FIRST
+            if self._quick_writes < _SLOW_AMONG:
+                self._slow_until = after + self._avoid
+                self._avoid = min(2 * self._avoid, _AVOID_LONGEST)
+            self._quick_writes = 0
+        else:
+            self._quick_writes += 1
+            if self._quick_writes == _FORGIVEN:
+                self._avoid = _AVOID_FIRST
         return done == length
 
     async def preadv(self, offset: int, length: int, iov: list[memoryview]) -> None:
