@@ -326,12 +326,15 @@ class PosixDriver(Driver):
         if not self._locking:
             return
         locks = self._file.locks
+        new = [file.locks for file in (self._perm_file, self._reopen_file) if file is not None]
         if perm & ~locks.held or unshared & ~locks.unshared:
             locks.add(perm, unshared)
+            # What our own other descriptors hold must not look like somebody else's.
+            for other in new:
+                other.keep(0, 0)
             locks.check(perm, unshared)
-        for file in (self._perm_file, self._reopen_file):
-            if file is not None:
-                file.locks.add(locks.held, locks.unshared)
+        for other in new:
+            other.add(locks.held, locks.unshared)
 
     def set_perm(self, perm: int, shared: int) -> None:
         self._perm, self._shared = perm, shared
