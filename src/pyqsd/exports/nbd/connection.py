@@ -54,9 +54,10 @@ _MAX_REQUESTS: Final = 256
 _MAX_BYTES: Final = 2 * p.MAX_PAYLOAD
 #: Bytes of replies that may wait for the client before no more of its requests are handled.
 _MAX_BACKLOG: Final = 1 << 20
-#: Requests, and bytes of large payloads, that one client is served before the others get their turn.
+#: Requests, bytes received and calls to receive that one client is served before the others get their turn.
 _TURN_REQUESTS: Final = 256
 _TURN_BYTES: Final = 8 << 20
+_TURN_ROUNDS: Final = 32
 #: Socket buffers are to be this large if the system lets them.
 _SOCKET_BUFFER: Final = 4 << 20
 _IOV: Final = 64
@@ -113,6 +114,7 @@ class Connection:
         self._payload_fill = 0
         #: Payload bytes of a refused request that are still to come.
         self._skip = 0
+        #: The last request had a large payload; the next one may have one too.
         self._bulk = False
         self._requests = 0
         self._bytes = 0
@@ -242,6 +244,8 @@ class Connection:
                     self._queue(memoryview(reply), None)
         except p.Violation as exc:
             log.debug("option negotiation failed: %s", exc)
+            # What it asked before deserves its answer.
+            self._flush()
             self.abort()
             return
         if handshake.ended:
@@ -284,7 +288,7 @@ class Connection:
             return
         budget = _TURN_BYTES
         try:
-            while True:
+            for _ in range(_TURN_ROUNDS):
                 n = self._receive()
                 if n == 0:
                     self._eof = True
@@ -333,7 +337,11 @@ class Connection:
                 self._payload_fill += n
             return n
         end = self._rx_end
-        n = self._sock.recv_into(self._rx.data[end : end + _RX_BULK] if self._bulk else self._rx.data[end:])
+        if self._bulk:
+            self._bulk = False
+            n = self._sock.recv_into(self._rx.data[end : end + _RX_BULK])
+        else:
+            n = self._sock.recv_into(self._rx.data[end:])
         self._rx_end = end + n
         return n
 

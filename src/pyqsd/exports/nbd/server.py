@@ -124,6 +124,8 @@ class NbdServer:
     async def stop(self) -> None:
         """Remove all exports, disconnect all clients and stop listening. Raises Error if it is not running."""
         self.check_running()
+        if self._all_gone is not None:
+            raise Error("NBD server is being stopped")
         self._accept_none()
         self._all_gone = asyncio.Event()
         for connection in list(self._connections):
@@ -140,7 +142,7 @@ class NbdServer:
 
     async def close(self) -> None:
         """The end of the daemon."""
-        if self.running:
+        if self.running and self._all_gone is None:
             await self.stop()
 
     def names(self) -> list[object]:
