@@ -13,9 +13,8 @@ import sys
 import tempfile
 import time
 
-import pyqsd.cli.run
-
 import pyqsd.cli.daemon
+import pyqsd.cli.run
 
 TIMEOUT = 30.0
 
