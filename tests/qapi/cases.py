@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 BLOCKDEV = [
+    "driver=null-co,cache=1,cache.direct",
+    "driver=null-co,a=1,a.b.=1",
+    "driver=null-co,a=1,a.=1",
+    "driver=null-co,a=1,a.b..c",
+    "driver=null-co,a.b=1,a",
+    "driver=null-co,a=1,a.b.1x=1",
+    "driver=null-co,a=1,a.bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb=1",
+    "driver=null-co,a=1,a.b.bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb=1",
+    "driver=null-co,a.b,a=1",
+    "help,a",
+    "a,help=",
+    "help,a=1,a.b=2",
+    "driver=raw,file.driver=null-co,file",
     "",
     "foo",
     "driver",

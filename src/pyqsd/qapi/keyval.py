@@ -50,26 +50,20 @@ def parse_keyval(text: str, implied_key: str | None, *, allow_help: bool = False
         while stop < len(text) and text[stop] not in "=,":
             stop += 1
         key = text[position:stop]
-        if stop < len(text) and text[stop] == "=":
-            _check_key(key)
-            position = stop + 1
-        elif implied is not None and key and not _is_help(key):
-            # The first parameter is the value of the implied key; there is no way to have a comma in it.
-            _put(root, implied, key)
-            position = stop + 1
-            implied = None
-            continue
-        elif _is_help(key):
+        alone = stop == len(text) or text[stop] == ","
+        position = stop + 1
+        if alone and _is_help(key):
             wants_help = True
-            position = stop + 1
-            implied = None
-            continue
+        elif alone and implied is not None and key:
+            # The first parameter is the value of the implied key; there is no way to have a comma in it.
+            _put(root, [implied], key)
         else:
-            _check_key(key)
-            raise Error(f"Expected '=' after parameter '{key}'")
+            path = _walk(root, key)
+            if alone:
+                raise Error(f"Expected '=' after parameter '{key}'")
+            value, position = _value(text, position)
+            _put(root, path, value)
         implied = None
-        value, position = _value(text, position)
-        _put(root, key, value)
     if wants_help and not allow_help:
         raise Error("Help is not available for this option")
     _listify(root)
@@ -97,7 +91,10 @@ def _value(text: str, position: int) -> tuple[str, int]:
         position = stop + 2
 
 
-def _check_key(key: str) -> None:
+def _walk(root: dict[str, Any], key: str) -> list[str]:
+    """Check a dotted key and make the dictionaries that it goes through; its fragments."""
+    path: list[str] = []
+    place = root
     position = 0
     while True:
         match = _FRAGMENT.match(key, position)
@@ -109,34 +106,24 @@ def _check_key(key: str) -> None:
         if end - position > MAX_FRAGMENT:
             what = "fragment " if match[0] != key else ""
             raise Error(f"Parameter {what}'{match[0]}' is too long")
+        if path:
+            inner = place.setdefault(path[-1], {})
+            if not isinstance(inner, dict):
+                raise _inconsistent(path)
+            place = inner
+        path.append(match[0])
         if end == len(key):
-            return
+            return path
         position = end + 1
 
 
-def _fragments(key: str) -> list[str]:
-    """The parts of a dotted key that has been checked."""
-    fragments: list[str] = []
-    position = 0
-    while position <= len(key):
-        match = _FRAGMENT.match(key, position)
-        assert match is not None
-        fragments.append(match[0])
-        position = match.end() + 1
-    return fragments
-
-
-def _put(root: dict[str, Any], key: str, value: str) -> None:
-    fragments = _fragments(key)
+def _put(root: dict[str, Any], path: list[str], value: str) -> None:
     place = root
-    for depth, fragment in enumerate(fragments[:-1]):
-        inner = place.setdefault(fragment, {})
-        if not isinstance(inner, dict):
-            raise _inconsistent(fragments[: depth + 1])
-        place = inner
-    if isinstance(place.get(fragments[-1]), dict):
-        raise _inconsistent(fragments)
-    place[fragments[-1]] = value
+    for fragment in path[:-1]:
+        place = place[fragment]
+    if isinstance(place.get(path[-1]), dict):
+        raise _inconsistent(path)
+    place[path[-1]] = value
 
 
 def _inconsistent(path: list[str]) -> Error:
