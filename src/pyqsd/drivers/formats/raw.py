@@ -49,6 +49,7 @@ class Raw(Driver):
         super().__init__(node, options)
         self._offset = 0
         self._fixed: int | None = None
+        self._length = 0
 
     @property
     def _below(self) -> Node:
@@ -92,19 +93,22 @@ class Raw(Driver):
 
     async def reopen_prepare(self, options: Any, read_only: bool) -> Any:
         self._check_signs(options)
-        for name in ("offset", "size"):
-            if getattr(self.options, name) is not None and getattr(options, name) is None:
-                raise Error(f"Option '{name}' cannot be reset to its default value", errno.EINVAL)
         return self._checked(options)
 
     def reopen_commit(self, state: Any) -> None:
         self._offset, self._fixed = state
+        assert self.file is not None
+        self.node.child_resized(self.file)
 
     def length(self) -> int:
         if self._fixed is not None:
             return self._fixed
-        # Whole sectors, like all sizes; what the file lacks of the last one reads as zeroes.
-        return -(-max(0, self._below.length - self._offset) // _SECTOR) * _SECTOR
+        available = max(0, self._below.length - self._offset)
+        # Whole sectors, like all sizes; what the file lacks of the last one reads as zeroes. When that one is written
+        # to, the file grows by a part of a sector, if the offset is no multiple of one, but that is no new size.
+        if not self._length <= available < self._length + _SECTOR:
+            self._length = -(-available // _SECTOR) * _SECTOR
+        return self._length
 
     async def truncate(self, length: int, exact: bool, preallocation: str, zero_new: bool) -> None:
         if self._fixed is not None:

@@ -179,7 +179,7 @@ class PosixDriver(Driver):
         self._check_kind(info.st_mode)
         self._is_device = not stat.S_ISREG(info.st_mode)
         if file.writable and stat.S_ISBLK(info.st_mode) and await self._call(_ioctl.is_read_only, file.fd):
-            raise Error("The device is not writable", errno.EACCES)
+            raise Error("The device is not writable: Permission denied", errno.EACCES)
         try:
             self._size = await self._call(_calls.size_of, file.fd)
         except OSError as exc:
@@ -320,7 +320,7 @@ class PosixDriver(Driver):
                 and stat.S_ISBLK(os.fstat(file.fd).st_mode)
                 and _ioctl.is_read_only(file.fd)
             ):
-                raise Error("The device is not writable", errno.EACCES)
+                raise Error("The device is not writable: Permission denied", errno.EACCES)
 
     def _check_locks(self, perm: int, unshared: int) -> None:
         if not self._locking:
