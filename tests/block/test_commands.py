@@ -14,6 +14,7 @@ from pyqsd.block.driver import FUA
 from pyqsd.block.events import BlockWriteThreshold
 
 from .inprocess import Commands, run
+from .overlays import overlay
 
 
 def writer(qmp: Commands, name: str) -> BlockBackend:
@@ -177,3 +178,26 @@ def test_requests_wait_while_a_node_is_resized(tmp_path: Path) -> None:
         user.remove()
 
     run(test)
+
+
+def test_a_node_cannot_be_its_own_child() -> None:
+    async def test(qmp: Commands) -> None:
+        await qmp.add("null-co", "n")
+        message = "Cannot find device='r' nor node-name='r'"
+        assert await qmp.refused("blockdev-add", driver="raw", node_name="r", file="r") == message
+        inner = {"driver": "raw", "file": "r"}
+        assert await qmp.refused("blockdev-add", driver="raw", node_name="r", file=inner) == message
+        assert list(qmp.graph.nodes) == ["n"]
+
+    run(test)
+
+
+def test_no_backing_file_in_the_old_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    overlay(tmp_path / "top.qcow2", "nosuch.img", "raw")
+
+    async def test(qmp: Commands) -> None:
+        await qmp.add("qcow2", "top", file={"driver": "file", "filename": f"{tmp_path}/top.qcow2"}, backing="")
+        assert (await qmp.node("top"))["file"].startswith('json:{"backing": null, ')
+
+    run(test)
+    assert 'Use of "backing": "" is deprecated; use "backing": null instead' in caplog.text

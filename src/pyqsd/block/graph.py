@@ -17,6 +17,7 @@ from pyqsd.block.driver import ROLE_COW
 from pyqsd.block.node import Node
 from pyqsd.block.options import BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, BlockdevRef
 from pyqsd.qapi.errors import Error, from_oserror
+from pyqsd.qapi.types import NULL
 from pyqsd.trace import events as trace
 
 if TYPE_CHECKING:
@@ -90,6 +91,9 @@ class Graph:
             raise Error("Backing chain is too long, or has a loop")
         if options.node_name is not None:
             self._check_name(options.node_name)
+        if getattr(options, "backing", None) == "":
+            log.warning('Use of "backing": "" is deprecated; use "backing": null instead')
+            options.backing = NULL  # type: ignore[attr-defined]
         driver_class = registry.driver_class(str(options.__struct_config__.tag))
         node = Node(self, options.node_name or self._make_name(), driver_class, options)
         apply_options(node, options, parent, role)
@@ -126,7 +130,13 @@ class Graph:
 
     async def open_child(self, parent: Node, name: str, ref: BlockdevRef, role: int) -> Child:
         """Open (or find) the node that `ref` describes and attach it to `parent` as the child `name`."""
-        node = self.find(ref) if isinstance(ref, str) else await self._open(ref, parent, role)
+        if isinstance(ref, str):
+            node = self.find(ref)
+            if not node.opened:
+                # The parent itself, or one that is being opened for its sake.
+                raise Error(f"Cannot find device='{ref}' nor node-name='{ref}'")
+        else:
+            node = await self._open(ref, parent, role)
         try:
             return self.attach(parent, name, node, role)
         except BaseException:
