@@ -14,8 +14,7 @@ import os
 import select
 import socket
 from collections import deque
-from collections.abc import Callable, Coroutine
-from functools import partial
+from collections.abc import Coroutine
 from itertools import islice
 from time import perf_counter_ns
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -49,6 +48,9 @@ _SHARED_READ: Final = 128 << 10
 _OWN_PAYLOAD: Final = 64 << 10
 #: Bytes that are received at once while a client sends large payloads: little of them then has to be moved.
 _RX_BULK: Final = 4 << 10
+#: After so many reads in a row that had to wait, so many more are not tried without waiting (cold cache, O_DIRECT).
+_MISSES: Final = 16
+_COLD: Final = 128
 #: Requests that may be on their way, and bytes of payload that they and their replies may take.
 _MAX_REQUESTS: Final = 256
 _MAX_BYTES: Final = 2 * p.MAX_PAYLOAD
@@ -67,6 +69,28 @@ _LINGER: Final = 30_000 if len(os.sched_getaffinity(0)) > 1 else 0
 _READ: Final = p.CMD_READ
 _WRITE: Final = p.CMD_WRITE
 _DONE: Final = p.REPLY_FLAG_DONE
+
+
+class _Request:
+    """A request that had to wait. `cost`: bytes of payload that it holds, in `buffer`."""
+
+    __slots__ = ("buffer", "connection", "cookie", "cost", "kind", "length", "offset", "task")
+
+    def __init__(
+        self, connection: Connection, kind: int, cookie: int, offset: int, length: int, buffer: Buffer | None
+    ) -> None:
+        self.connection = connection
+        self.kind = kind
+        self.cookie = cookie
+        self.offset = offset
+        self.length = length
+        self.buffer = buffer
+        self.cost = length if buffer is not None else 0
+        self.task: asyncio.Task[Any] | None = None
+
+    def finished(self, result: Any, exc: BaseException | None) -> None:
+        """It has its result, or failed."""
+        self.connection.finished(self, result, exc)
 
 
 class Connection:
@@ -124,7 +148,10 @@ class Connection:
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         self._poll = poll.poll
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._pending: set[_Request] = set()
+        #: Reads that are not tried without waiting, because that was in vain the last times.
+        self._cold = 0
+        self._misses = 0
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -432,6 +459,7 @@ class Connection:
         tx = tx_buffer.data
         filled = 0
         left = _TURN_REQUESTS
+        cold, misses = self._cold, self._misses
         if end - position >= header_size and self._blocked():
             self._stalled = True
             left = 0
@@ -461,11 +489,16 @@ class Connection:
                         break
                     at = data_head
                     stop = at + length
-                try:
-                    done = read_now(offset, length, [tx[at:stop]])
-                except OSError:
+                if cold:
+                    cold -= 1
                     done = False
+                else:
+                    try:
+                        done = read_now(offset, length, [tx[at:stop]])
+                    except OSError:
+                        done = False
                 if done:
+                    misses = 0
                     if mode == 1:
                         pack_chunk(tx, filled, 0x668E33EF, 1, 1, cookie, length + 8, offset)
                     elif mode == 0:
@@ -475,6 +508,17 @@ class Connection:
                     filled = stop
                     position += header_size
                     continue
+                if not cold:
+                    misses += 1
+                    if misses >= _MISSES:
+                        cold = _COLD
+                position += header_size
+                buffer = POOL.get(length)
+                self._run(_READ, cookie, offset, length, buffer, backend.preadv(offset, length, [buffer.data[:length]]))
+                if self._blocked():
+                    self._stalled = True
+                    break
+                continue
             elif (
                 kind == _WRITE
                 and magic == wanted
@@ -513,6 +557,7 @@ class Connection:
                 self._stalled = True
                 break
         self._rx_start = position
+        self._cold, self._misses = cold, misses
         if filled:
             self._send_batch(tx, filled)
         if not left and not self._stalled and not self._ending:
@@ -589,12 +634,9 @@ class Connection:
             self._read_request(flags, cookie, offset, length)
         elif kind == p.CMD_BLOCK_STATUS:
             most = 1 if flags & p.CMD_FLAG_REQ_ONE else p.MAX_EXTENTS
-            coro = requests.block_status(export, sorted(ids), offset, effect, most)
-            self._run(coro, 0, partial(self._status_done, cookie, offset))
+            self._run(kind, cookie, offset, 0, None, requests.block_status(export, sorted(ids), offset, effect, most))
         else:
-            text = requests.FAILURES[kind]
-            work = requests.start(export, kind, flags, offset, length)
-            self._run(work, 0, partial(self._done, cookie, offset, text, None))
+            self._run(kind, cookie, offset, 0, None, requests.start(export, kind, flags, offset, length))
         return position + (payload if kind == p.CMD_BLOCK_STATUS else 0)
 
     def _read_request(self, flags: int, cookie: int, offset: int, length: int) -> None:
@@ -606,13 +648,9 @@ class Connection:
         buffer = POOL.get(length)
         view = buffer.data[:length]
         if length > _SHARED_READ and requests.read_now(export, offset, length, view):
-            self._read_done(cookie, offset, length, buffer, None, None)
+            self._reply_data(cookie, offset, length, buffer)
         else:
-            self._run(
-                export.backend.preadv(offset, length, [view]),
-                length,
-                partial(self._read_done, cookie, offset, length, buffer),
-            )
+            self._run(_READ, cookie, offset, length, buffer, export.backend.preadv(offset, length, [view]))
 
     def _write_request(self, flags: int, cookie: int, offset: int, length: int, position: int, end: int) -> int:
         """A write whose payload begins at `position`."""
@@ -643,7 +681,8 @@ class Connection:
             and not export.paused
             and requests.write_now(export, offset, length, buffer.data[:length])
         ):
-            self._done(cookie, offset, "", buffer, None, None)
+            POOL.put(buffer)
+            self._reply_done(cookie, offset)
         else:
             self._write(flags, cookie, offset, length, buffer)
 
@@ -656,42 +695,52 @@ class Connection:
             if not fua:
                 self._reply_done(cookie, offset)
                 return
-            coro = export.backend.flush()
-            self._run(coro, 0, partial(self._done, cookie, offset, requests.FAILURES[p.CMD_FLUSH], None))
+            self._run(p.CMD_FLUSH, cookie, offset, 0, None, export.backend.flush())
             return
-        self._run(
-            export.backend.pwritev(offset, length, [buffer.data[:length]], fua),
-            length,
-            partial(self._done, cookie, offset, requests.FAILURES[_WRITE], buffer),
-        )
+        coro = export.backend.pwritev(offset, length, [buffer.data[:length]], fua)
+        self._run(_WRITE, cookie, offset, length, buffer, coro)
 
     def _run(
-        self, coro: Coroutine[Any, Any, Any], cost: int, done: Callable[[Any, BaseException | None], None]
-    ) -> None:
-        """Run `coro`, which holds `cost` bytes; `done` gets its result or exception."""
-        self._requests += 1
-        self._bytes += cost
-        task = eager.start(coro, partial(self._finished, cost, done))
-        if task is not None:
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-
-    def _finished(
         self,
-        cost: int,
-        done: Callable[[Any, BaseException | None], None],
-        result: Any,
-        exc: BaseException | None,
+        kind: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        buffer: Buffer | None,
+        coro: Coroutine[Any, Any, Any],
     ) -> None:
+        """Run a request that may have to wait."""
+        request = _Request(self, kind, cookie, offset, length, buffer)
+        self._requests += 1
+        self._bytes += request.cost
+        self._pending.add(request)
+        request.task = eager.start(coro, request.finished)
+
+    def finished(self, request: _Request, result: Any, exc: BaseException | None) -> None:
+        """A request is done: reply."""
+        self._pending.discard(request)
         self._requests -= 1
-        self._bytes -= cost
-        done(result, exc)
+        self._bytes -= request.cost
+        buffer = request.buffer
+        if exc is not None:
+            if buffer is not None:
+                POOL.put(buffer)
+            self._failed(request, exc)
+        elif request.kind == _READ:
+            assert buffer is not None
+            self._reply_data(request.cookie, request.offset, request.length, buffer)
+        elif request.kind == p.CMD_BLOCK_STATUS:
+            self._reply_status(request.cookie, request.offset, result)
+        else:
+            if buffer is not None:
+                POOL.put(buffer)
+            self._reply_done(request.cookie, request.offset)
         if self._busy:
             return
         if self._closed:
             self._leave()
             return
-        if self._stalled:
+        if self._stalled and not self._turn_scheduled:
             self._schedule_turn()
         if not self._flush_scheduled:
             self._flush_scheduled = True
@@ -731,31 +780,17 @@ class Connection:
     def _reply_hole(self, cookie: int, offset: int, length: int) -> None:
         self._chunk(cookie, offset, p.REPLY_OFFSET_HOLE, p.HOLE.pack(offset, length))
 
-    def _failed(self, cookie: int, offset: int, text: str, exc: BaseException) -> None:
+    def _failed(self, request: _Request, exc: BaseException) -> None:
         if isinstance(exc, asyncio.CancelledError):
             self.abort()
             return
         if not isinstance(exc, (OSError, Error)):
             log.error("NBD request: internal error", exc_info=exc)
-        self._reply_error(cookie, offset, p.nbd_error(getattr(exc, "errno", None)), text)
+        error = p.nbd_error(getattr(exc, "errno", None))
+        self._reply_error(request.cookie, request.offset, error, requests.FAILURES[request.kind])
 
-    def _done(
-        self, cookie: int, offset: int, text: str, buffer: Buffer | None, result: Any, exc: BaseException | None
-    ) -> None:
-        if buffer is not None:
-            POOL.put(buffer)
-        if exc is None:
-            self._reply_done(cookie, offset)
-        else:
-            self._failed(cookie, offset, text, exc)
-
-    def _read_done(
-        self, cookie: int, offset: int, length: int, buffer: Buffer, result: Any, exc: BaseException | None
-    ) -> None:
-        if exc is not None:
-            POOL.put(buffer)
-            self._failed(cookie, offset, requests.FAILURES[p.CMD_READ], exc)
-            return
+    def _reply_data(self, cookie: int, offset: int, length: int, buffer: Buffer) -> None:
+        """What was read, from the start of `buffer`, which is given back when it has been sent."""
         if self.mode == p.SIMPLE:
             start = HEAD - p.SIMPLE_REPLY.size
             p.SIMPLE_REPLY.pack_into(buffer.view, start, p.SIMPLE_MAGIC, 0, cookie)
@@ -779,13 +814,7 @@ class Connection:
             )
         self._queue(buffer.view[start : HEAD + length], buffer)
 
-    def _status_done(
-        self, cookie: int, offset: int, result: list[tuple[int, requests.Extents]] | None, exc: BaseException | None
-    ) -> None:
-        if exc is not None:
-            self._failed(cookie, offset, requests.FAILURES[p.CMD_BLOCK_STATUS], exc)
-            return
-        assert result is not None
+    def _reply_status(self, cookie: int, offset: int, result: list[tuple[int, requests.Extents]]) -> None:
         wide = self.mode == p.EXTENDED
         kind = p.REPLY_BLOCK_STATUS_EXT if wide else p.REPLY_BLOCK_STATUS
         for number, (context, extents) in enumerate(result, 1):
