@@ -91,15 +91,15 @@ def test_driver_has_page_and_test(driver: str) -> None:
     assert module[:2] == ["pyqsd", "drivers"] and module[2] in ("formats", "protocols", "filters")
     assert registry.driver_class(driver).name == driver
     assert module[3] == driver.replace("-", "_")
-    assert (ROOT / "docs" / "drivers" / f"{driver}.md").exists()
-    tests = ROOT / "tests" / "drivers"
     name = driver.replace("-", "_")
+    assert (ROOT / "docs" / "drivers" / f"{name}.md").exists()
+    tests = ROOT / "tests" / "drivers"
     assert (tests / f"test_{name}.py").exists() or list((tests / name).glob("test_*.py"))
 
 
 def test_no_page_without_driver() -> None:
     pages = {path.stem for path in (ROOT / "docs" / "drivers").glob("*.md")}
-    assert pages <= set(registry.driver_names())
+    assert pages <= {name.replace("-", "_") for name in registry.driver_names()}
 
 
 # --- documents ------------------------------------------------------------------------------------
