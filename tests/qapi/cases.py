@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 BLOCKDEV = [
+    '{"driver":"null-co","x":1,"y":2}',
+    "driver=null-co,filename=disk.img,locking=on,aio=native",
+    "driver=raw,file.driver=file,file.filename=x,file.size=1,file.offset=2,file.x.y=3",
     "driver=null-co,cache=1,cache.direct",
     "driver=null-co,a=1,a.b.=1",
     "driver=null-co,a=1,a.=1",

@@ -1,7 +1,4 @@
-"""The same option texts to the real daemon and to `pyqsd.qapi`: same words.
-
-Texts with several mistakes of the same kind are not here: which one QSD tells depends on the hashes of their names.
-"""
+"""The same option texts to the real daemon and to `pyqsd.qapi`: same words."""
 
 from __future__ import annotations
 

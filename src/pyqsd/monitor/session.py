@@ -15,6 +15,7 @@ from typing import Any
 from pyqsd.monitor.dispatcher import SLICE, Dispatcher, error_of
 from pyqsd.qapi.command import Command, Event
 from pyqsd.qapi.errors import CommandNotFound, Error
+from pyqsd.qapi.hash_order import object_order
 from pyqsd.qapi.json_stream import INCOMPLETE, JsonStream
 from pyqsd.qapi.json_writer import string, to_json, to_wire
 from pyqsd.trace import events as trace
@@ -23,7 +24,8 @@ from pyqsd.trace import events as trace
 QUEUE_LIMIT = 8
 
 NEGOTIATE = "qmp_capabilities"
-_MEMBERS = frozenset(("execute", "exec-oob", "arguments", "id"))
+_USUAL = ("execute", "arguments", "id")
+_USUAL_SET = frozenset(_USUAL)
 _ABSENT = object()
 
 
@@ -171,38 +173,30 @@ class Session:
         """The command and the arguments of a well-formed request (qmp-spec, section 2.3). Raises Error."""
         if type(request) is not dict:
             raise Error("QMP input must be a JSON object")
-        # The order decides which of several mistakes is told; it is QSD's, whatever the order of the members.
         key: str | None = None
         name: Any = None
-        arguments: Any = None
-        left = len(request)
-        if "exec-oob" in request:
-            if not self.oob:
-                raise Error("QMP input member 'exec-oob' is unexpected")
-            key = "exec-oob"
-            name = request[key]
-            if type(name) is not str:
-                raise Error("QMP input member 'exec-oob' must be a string")
-            left -= 1
-        if "execute" in request:
-            if type(request["execute"]) is not str:
-                raise Error("QMP input member 'execute' must be a string")
-            if key is not None:
-                raise Error("QMP input member 'execute' clashes with 'exec-oob'")
-            key = "execute"
-            name = request[key]
-            left -= 1
-        if "arguments" in request:
-            arguments = request["arguments"]
-            if type(arguments) is not dict:
-                raise Error("QMP input member 'arguments' must be an object")
-            left -= 1
-        if left and (left > 1 or "id" not in request):
-            member = next(member for member in request if member not in _MEMBERS)
-            raise Error(f"QMP input member '{member}' is unexpected")
+        arguments: dict[str, Any] = {}
+        # The usual request has nothing wrong with it. For others the order decides what is told.
+        for member in _USUAL if request.keys() <= _USUAL_SET else object_order(request):
+            value = request.get(member, _ABSENT)
+            if value is _ABSENT:
+                continue
+            if member == "execute" or (member == "exec-oob" and self.oob):
+                if type(value) is not str:
+                    raise Error(f"QMP input member '{member}' must be a string")
+                if key is not None:
+                    raise Error(f"QMP input member '{member}' clashes with '{key}'")
+                key = member
+                name = value
+            elif member == "arguments":
+                if type(value) is not dict:
+                    raise Error("QMP input member 'arguments' must be an object")
+                arguments = value
+            elif member != "id":
+                raise Error(f"QMP input member '{member}' is unexpected")
         if key is None:
             raise Error("QMP input lacks member 'execute'")
-        return name, arguments or {}
+        return name, arguments
 
     def _find(self, name: str, oob: bool) -> Command:
         if not self.negotiated and name != NEGOTIATE:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 import msgspec
 
 from pyqsd.qapi.errors import Error
+from pyqsd.qapi.hash_order import first_left
 from pyqsd.qapi.types import NULL, Alternate, IntRange, Null, Struct, wire_name
 
 if TYPE_CHECKING:
@@ -443,9 +444,11 @@ def _members(plan: _Plan, value: dict[str, Any], tag_field: str | None) -> dict[
         elif required:
             raise _Mismatch("Parameter '%s' is missing", wire)
     if len(result) + (tag_field is not None) != len(value):
-        known = {wire for wire, *_ in plan}
-        known.add(tag_field or "")
-        raise _Mismatch("Parameter '%s' is unexpected", next(key for key in value if key not in known))
+        expected = {tag_field or "", *(wire for wire, *_ in plan)}
+        unexpected = [key for key in value if key not in expected]
+        # With a huge number of members the order is not worth its price.
+        first = first_left(value, expected) if len(unexpected) > 1 and len(value) < 500 else unexpected[0]
+        raise _Mismatch("Parameter '%s' is unexpected", first)
     return result
 
 
