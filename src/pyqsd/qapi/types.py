@@ -16,7 +16,7 @@ features            ``Annotated[T, Features("deprecated")]`` on members, ``__fea
 ==================  ==========================================================================================
 
 `pyqsd.qapi.convert` turns wire values into these, with QSD's messages; `pyqsd.qapi.introspect` describes them as
-``query-qmp-schema`` does (QEMU docs/devel/qapi-code-gen). ``msgspec.json.encode`` is the way back.
+``query-qmp-schema`` does (QEMU docs/devel/qapi-code-gen). `pyqsd.qapi.json_writer` is the way back.
 """
 
 from __future__ import annotations
