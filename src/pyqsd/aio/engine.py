@@ -68,8 +68,18 @@ class Request:
         callback = self._callback
         if callback is not None:
             self._callback = None
-            assert self._context is not None
-            self._context.run(callback, self)
+            context = self._context
+            if context is None:
+                callback(self)
+            else:
+                context.run(callback, self)
+
+    def call_when_done(self, callback: Callable[[Request], object]) -> None:
+        """Instead of a task, `callback` waits for the end of the operation, which must not have come yet. It is called
+        outside of any task, and must not raise."""
+        assert self._callback is None and not self.done_
+        self._asyncio_future_blocking = False
+        self._callback = callback
 
     # What a task uses of a future.
 

@@ -8,7 +8,6 @@ once: it need not wait for others to share its system call.
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import errno
 from collections import deque
 from collections.abc import Callable
@@ -79,6 +78,7 @@ class _Operation(Request):
         self._loop = loop
         self._asyncio_future_blocking = False
         self._callback = None
+        self._context = None
         self.cancelled_ = False
         self.done_ = False
         self.exception_ = None
@@ -286,7 +286,7 @@ class UringEngine(Engine):
             request = self.call(
                 write_all, operation.fd, operation.iov, operation.offset, operation.length, operation.flags
             )
-        request.add_done_callback(lambda ended: operation.finish(ended.exception_), context=contextvars.copy_context())
+        request.call_when_done(lambda ended: operation.finish(ended.exception_))
 
     def close(self) -> None:
         if self._closed:
