@@ -276,6 +276,39 @@ def test_stdio_on_files(tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == b"ready " + b"x" * 10_000 + b"q opened"
 
 
+def test_end_of_input_does_not_end_the_output() -> None:
+    """A script's answers arrive although they are more than the pipe holds and the reader is slow."""
+
+    async def body() -> None:
+        from pyqsd.chardev.file import FdChardev
+        from pyqsd.chardev.options import ChardevCommon
+
+        chardev = FdChardev("a", ChardevCommon())
+        source, sink = os.pipe(), os.pipe()
+        for fd in (source[0], sink[1]):
+            os.set_blocking(fd, False)
+        chardev._start(source[0], sink[1])
+        frontend = Recorder(chardev)
+        data = os.urandom(1_000_000)
+        os.write(source[1], b"x")
+        await frontend.wait_data(b"x")
+        chardev.write(data[:500_000])
+        os.close(source[1])
+        await until(lambda: not chardev.pressed or select.select([sink[0]], [], [], 0)[0])
+        received = await asyncio.to_thread(os.read, sink[0], 1000)
+        while len(received) < 400_000:
+            received += await asyncio.to_thread(os.read, sink[0], 65536)
+        await frontend.wait_log("opened", "closed")
+        chardev.write(data[500_000:])
+        while len(received) < len(data):
+            received += await asyncio.to_thread(os.read, sink[0], 65536)
+        assert received == data
+        await chardev.close()
+        os.close(sink[0])
+
+    run(body())
+
+
 @pytest.mark.parametrize("end", ["q", "crash q"])
 @pytest.mark.parametrize("signals", [True, False])
 def test_stdio_on_a_terminal(end: str, signals: bool) -> None:

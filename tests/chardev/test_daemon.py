@@ -236,8 +236,10 @@ def test_socat(tmp_path: Path) -> None:
             timeout=TIMEOUT,
             check=True,
         )
+        # It closed its sending half at once; everything it had asked for was answered.
         replies = lines(done.stdout)
-        assert "QMP" in replies[0]
+        assert "QMP" in replies[0] and replies[1] == {"return": {}}
+        assert [info["label"] for info in replies[2]["return"]] == ["qmp0"]
 
 
 def test_peer_that_never_reads(tmp_path: Path) -> None:

@@ -161,10 +161,16 @@ async def _resolve(address: InetSocketAddress, passive: bool) -> list[tuple[int,
     flags = socket.AI_PASSIVE if passive else 0
     if address.numeric:
         flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+    host = address.host or None
     try:
-        found = await asyncio.get_running_loop().getaddrinfo(
-            address.host or None, address.port, family=family, type=socket.SOCK_STREAM, flags=flags
-        )
+        try:
+            # Numbers need no name service, and so no thread that waits for it.
+            numeric = flags | socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+            found = socket.getaddrinfo(host, address.port, family, socket.SOCK_STREAM, 0, numeric)
+        except socket.gaierror:
+            found = await asyncio.get_running_loop().getaddrinfo(
+                host, address.port, family=family, type=socket.SOCK_STREAM, flags=flags
+            )
     except socket.gaierror as exc:
         text = _GAI_TEXTS.get(exc.errno or 0, exc.strerror)
         raise Error(f"address resolution failed for {address.host}:{address.port}: {text}") from exc

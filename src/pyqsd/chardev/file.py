@@ -45,8 +45,6 @@ class FdChardev(Chardev):
 
     def _ended(self) -> None:
         """There is nothing more to read. What is written still goes out."""
-        assert self._fds is not None
-        self._stream = Stream(-1, self._fds[1], self._received, self._ended)
         if self.frontend is not None:
             self.frontend.closed()
 

@@ -59,7 +59,10 @@ class StdioChardev(FdChardev):
         if os.isatty(0):
             self._mode = termios.tcgetattr(0)
             # Whoever stopped and continued this program may have changed the mode.
-            asyncio.get_running_loop().add_signal_handler(signal.SIGCONT, self._set_mode)
+            try:
+                asyncio.get_running_loop().add_signal_handler(signal.SIGCONT, self._set_mode)
+            except (RuntimeError, ValueError):
+                pass  # only the main thread's loop can have signals
         self._set_mode()
         self._start(0, 1)
 
@@ -113,7 +116,10 @@ class StdioChardev(FdChardev):
 
     def _release(self, fds: tuple[int, int]) -> None:
         if self._mode is not None:
-            asyncio.get_running_loop().remove_signal_handler(signal.SIGCONT)
+            try:
+                asyncio.get_running_loop().remove_signal_handler(signal.SIGCONT)
+            except (RuntimeError, ValueError):
+                pass
         self._restore()
         atexit.unregister(self._restore)
         StdioChardev._in_use = False

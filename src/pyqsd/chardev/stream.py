@@ -22,8 +22,9 @@ class Stream:
     """Reads `input_fd` and writes `output_fd` (-1: there is none; both may be the same). They must be non-blocking;
     regular files are fine. The stream does not close them.
 
-    `received` gets what was read, `ended` is called once when the other side is gone or reading failed. What does not
-    fit below `LIMIT` any more is lost and `overflowed` is called; whole calls of `write` are lost, never parts.
+    `received` gets what was read, `ended` is called once when the other side is gone or reading failed; a different
+    `output_fd` is written to even then. What does not fit below `LIMIT` any more is lost and `overflowed` is called;
+    whole calls of `write` are lost, never parts.
     """
 
     def __init__(
@@ -140,12 +141,27 @@ class Stream:
                 self._file_read = self._loop.call_soon(self._on_file)
 
     def _fail(self) -> None:
+        """There is no more to read."""
         if self._closed:
             return
-        if self._unsent:
-            self._flush(closing=True)
-        self._stop()
+        if self._output >= 0 and self._output != self._input:
+            # The other direction lives on.
+            self._stop_reading()
+            self._input = -1
+        else:
+            if self._unsent:
+                self._flush(closing=True)
+            self._stop()
         self._ended()
+
+    def _stop_reading(self) -> None:
+        if self._file_read is not None:
+            self._file_read.cancel()
+            self._file_read = None
+        elif self._reader:
+            self._loop.remove_reader(self._input)
+        self._reader = False
+        self._forget_hangup()
 
     # --- writing ---------------------------------------------------------------------------------------------------
 
@@ -197,13 +213,9 @@ class Stream:
 
     def _stop(self) -> None:
         self._closed = True
-        if self._file_read is not None:
-            self._file_read.cancel()
-        elif self._reader:
-            self._loop.remove_reader(self._input)
+        self._stop_reading()
         if self._writer:
             self._loop.remove_writer(self._output)
         self._cancel_flush()
-        self._forget_hangup()
         self._unsent.clear()
         self._unsent_bytes = 0
