@@ -86,7 +86,7 @@ class _Request:
         self.length = length
         self.buffer = buffer
         self.cost = length if buffer is not None else 0
-        self.task: asyncio.Task[Any] | None = None
+        self.task: eager.Running | None = None
 
     def finished(self, result: Any, exc: BaseException | None) -> None:
         """It has its result, or failed."""
@@ -714,7 +714,7 @@ class Connection:
         self._requests += 1
         self._bytes += request.cost
         self._pending.add(request)
-        request.task = eager.start(coro, request.finished)
+        request.task = eager.start_io(coro, request.finished)
 
     def finished(self, request: _Request, result: Any, exc: BaseException | None) -> None:
         """A request is done: reply."""
