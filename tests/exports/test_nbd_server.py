@@ -646,3 +646,70 @@ def test_fuzzed_transmission(disk: Service, mode: dict[str, Any], messages: list
         other.request(raw.DISC)
         assert other.at_eof()
     poll(lambda: not connections(disk), "the connections to be forgotten")
+
+
+# --- inactive nodes ---
+
+
+@pytest.mark.parametrize("mode", [{"structured": False}, {}, {"extended": True}])
+def test_inactive_node(service: Service, mode: dict[str, Any]) -> None:
+    """It can be read from, if that was asked for, and nothing else."""
+    service.start()
+    service.image("disk", MiB, data={0: b"abcd"}, active=False)
+    refused = service.qmp("block-export-add", {"type": "nbd", "id": "e", "node-name": "disk"})
+    assert refused["error"]["desc"] == "Block node is inactive"
+    service.export("disk", writable=True, allow_inactive=True)
+    client = service.client("disk", contexts=("base:allocation",) if mode != {"structured": False} else (), **mode)
+    text = "" if mode == {"structured": False} else "export is inactive"
+    for kind, data in (
+        (raw.WRITE, b"xy"),
+        (raw.TRIM, b""),
+        (raw.WRITE_ZEROES, b""),
+        (raw.FLUSH, b""),
+        (raw.CACHE, b""),
+    ):
+        assert client.error(kind, 0, 2, data) == (1, text)
+    if text:
+        assert client.error(raw.BLOCK_STATUS, 0, 512) == (1, text)
+    assert client.error(raw.WRITE, 0, 200000, b"z" * 200000) == (1, text)
+    assert client.read(0, 6) == b"abcd\0\0"
+
+
+# --- where QSD does not do well ---
+
+
+def test_status_payload_without_contexts(disk: Service) -> None:
+    client = disk.client("disk", extended=True)
+    data = struct.pack(">QI", 4096, 0)
+    assert client.error(raw.BLOCK_STATUS, 0, len(data), data, raw.PAYLOAD_LEN) == (
+        22,
+        "CMD_BLOCK_STATUS not negotiated",
+    )
+    assert client.read(MiB, 1) == b"a"
+
+
+def test_option_data_after_the_queries(disk: Service) -> None:
+    client = RawClient(disk.path)
+    client.greet()
+    client.option(raw.OPT_STRUCTURED_REPLY)
+    for option in (raw.OPT_LIST_META_CONTEXT, raw.OPT_SET_META_CONTEXT):
+        ((kind, text),) = client.option(option, raw.meta("disk", "base:allocation") + b"zz")
+        assert kind == 0x80000003
+        assert text.endswith(b"has unexpected length")
+    assert client.option(raw.OPT_GO, raw.info("disk"))[-1][0] == raw.REP_ACK
+    assert client.error(raw.BLOCK_STATUS, 0, 10) == (22, "CMD_BLOCK_STATUS not negotiated")
+
+
+def test_vsock(service: Service) -> None:
+    """Any address of this machine, unless the kernel has no such sockets."""
+    try:
+        socket.socket(socket.AF_VSOCK).close()
+    except OSError as exc:
+        with pytest.raises(Error, match="Failed to create socket") as caught:
+            service.start({"type": "vsock", "cid": "4294967295", "port": "10999"})
+        assert caught.value.errno == exc.errno
+        return
+    service.start({"type": "vsock", "cid": "4294967295", "port": "10999"})
+    assert service.server._listeners[0].sock.getsockname() == (socket.VMADDR_CID_ANY, 10999)
+    with pytest.raises(Error, match="NBD server already running"):
+        service.start({"type": "vsock", "cid": "4294967295", "port": "11000"})

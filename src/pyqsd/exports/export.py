@@ -7,6 +7,7 @@ the first export of its type is made.
 from __future__ import annotations
 
 import asyncio
+import errno
 import importlib
 import importlib.util
 import logging
@@ -216,7 +217,9 @@ class Exports:
             raise Error("Cannot export read-only node as writable")
         if options.iothread is not None:
             raise Error(f'iothread "{options.iothread}" not found')
-        perm = perms.CONSISTENT_READ | (perms.WRITE if options.writable else 0)
+        if not node.active and not options.allow_inactive:
+            raise Error("Block node is inactive", errno.EPERM)
+        perm = perms.CONSISTENT_READ | (perms.WRITE if options.writable and node.active else 0)
         backend = BlockBackend(self.graph, "an unnamed block device", perm, cls.SHARED)
         backend.insert(node)
         try:

@@ -619,6 +619,11 @@ class Connection:
             taken = min(payload, end - position)
             self._skip = payload - taken
             return position + taken
+        if kind != _READ and not export.backend.node.active:
+            self._reply_error(cookie, offset, p.EPERM, "export is inactive")
+            taken = min(payload, end - position)
+            self._skip = payload - taken
+            return position + taken
         if kind == _WRITE:
             return self._write_request(flags, cookie, offset, length, position, end)
         if not effect and kind != p.CMD_FLUSH:

@@ -35,7 +35,7 @@ _CACHE_STEP: Final = 1 << 20
 
 
 def check(export: NbdExport, mode: int, flags: int, kind: int, offset: int, length: int) -> str | None:
-    """What is wrong with a request, or None. `length`: bytes that it is about."""
+    """What is wrong with the form of a request, or None. `length`: bytes that it is about."""
     if kind in _CHANGES and not export.writable:
         return "Export is read-only"
     if offset > export.size or length > export.size - offset:
