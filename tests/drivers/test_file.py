@@ -180,7 +180,9 @@ def test_unaligned_file_is_rounded_up_to_whole_sectors(tmp_path: Path) -> None:
             user = use(g, node)
             assert await read(user, 900, 124) == b"\x22" * 100 + bytes(24)
             (n, flags, _, _), _ = await user.block_status_above(None, 0, 1024)
-            assert n == 1024 and flags & DATA
+            assert n == 1000 and flags & DATA
+            (n, flags, _, _), _ = await user.block_status_above(None, 1000, 24)
+            assert n == 24 and flags & ZERO and not flags & DATA
             await write(user, 1010, b"\x33" * 14)
             assert await read(user, 990, 34) == b"\x22" * 10 + bytes(10) + b"\x33" * 14
 

@@ -55,6 +55,17 @@ def guest_size(name: str) -> Do:
     return Do(f"size of {name}", run)
 
 
+def nodes_without_host_size(context: Context) -> Any:
+    """query-named-block-nodes but for how much is allocated: that depends on how much of a table is written at once."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if key != "actual-size"}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    return strip(context.daemon.qmp.execute("query-named-block-nodes"))
+
+
 SESSIONS = [
     Session(
         "add-driver-errors",
@@ -418,9 +429,6 @@ SESSIONS = [
             qcow2("other", "mid.qcow2", backing="base", read_only=True),
             delete("top"),
             delete("mid"),
-            qcow2("top", "top.qcow2", backing={"driver": "null-co", "size": 1048576, "read-zeroes": True}),
-            NODES,
-            delete("top"),
             qcow2("top", "top.qcow2", backing=None),
             NODES,
             delete("top"),
@@ -432,6 +440,14 @@ SESSIONS = [
             NODES,
         ],
         images=("base.qcow2", "mid.qcow2", "top.qcow2"),
+    ),
+    Session(
+        "backing-null",
+        [
+            qcow2("top", "top.qcow2", backing={"driver": "null-co", "size": 1048576, "read-zeroes": True}),
+            qcow2("plain", "plain.qcow2", backing={"driver": "null-co", "size": 1048576, "read-zeroes": True}),
+        ],
+        images=("base.qcow2", "mid.qcow2", "top.qcow2", "plain.qcow2"),
     ),
     Session(
         "backing-missing",
@@ -691,7 +707,7 @@ SESSIONS = [
             cmd("block_resize", node_name="v2", size=8388608),
             cmd("block_resize", node_name="top", size=16777216),
             cmd("block_resize", node_name="top", size=65536),
-            NODES,
+            Do("nodes without their size on the host", nodes_without_host_size),
         ],
         images=("raw.img", "other.img", "plain.qcow2", "v2.qcow2", "base.qcow2", "mid.qcow2", "top.qcow2"),
     ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +60,33 @@ def texted(replies: list[tuple[int, bytes]]) -> list[Any]:
 
 
 def attempt(connection: NbdClient, *args: Any, **kwargs: Any) -> Any:
-    """One request: its data or its error."""
+    """One request: what it means, in whatever pieces it came. With NBD_CMD_FLAG_DF that is one piece."""
     cookie = connection.send(*args, **kwargs)
     reply = connection.receive()
     assert reply.cookie == cookie
-    return {
-        "error": reply.error,
-        "text": reply.text,
-        "data": {str(at): [len(data), data[:4].hex()] for at, data in reply.data.items()},
-        "holes": reply.holes,
-        "extents": {str(number): extents for number, extents in reply.extents.items()},
-        "simple": None if reply.simple is None else len(reply.simple),
-    }
+    command, offset, length, flags = (*args, 0)[:4]
+    answer: dict[str, Any] = {"error": reply.error, "text": reply.text}
+    if command == nbd.CMD_BLOCK_STATUS:
+        answer["extents"] = {str(number): extents for number, extents in reply.extents.items()}
+    if command == nbd.CMD_READ and not reply.error:
+        answer["crc"] = zlib.crc32(NbdClient.assemble(reply, offset, length))
+        if flags & nbd.F_DF:
+            answer["pieces"] = len(reply.data) + len(reply.holes)
+    return answer
+
+
+def pieces(*requests: tuple[Any, ...]) -> Any:
+    """Of several reads, the pieces that the answers came in."""
+
+    def run(connection: NbdClient) -> Any:
+        result = []
+        for request in requests:
+            connection.send(*request)
+            reply = connection.receive()
+            result.append([[at, len(data)] for at, data in sorted(reply.data.items())] + [["holes", reply.holes]])
+        return result
+
+    return run
 
 
 def each(*requests: tuple[Any, ...]) -> Any:
@@ -502,6 +518,21 @@ SESSIONS = [
             ),
             client("disconnect", lambda c: [c.send_raw(c.pack_request(nbd.CMD_DISC)), c.wait_closed().hex()], "q"),
             "query-block-exports",
+        ],
+        images=("plain.qcow2", "raw.img"),
+    ),
+    Session(
+        "nbd-pieces",
+        [
+            *SERVED,
+            client(
+                "nothing but zeroes", pieces((READ, 2 * MiB, 65536), (READ, 3 * MiB, MiB), (READ, MiB // 2, 4096)), "q"
+            ),
+            client("nothing but data", pieces((READ, 0, 131072), (READ, 4096, 4096), (READ, MiB, 65536)), "q"),
+            client("null", pieces((READ, 0, 65536)), "described"),
+            client("mixed", pieces(*READS), "q"),
+            client("mixed, extended", pieces(*READS), "q", extended=True),
+            client("small zeroes", pieces((READ, 3 * MiB, 512), (READ, 4 * MiB - 1, 1)), "q"),
         ],
         images=("plain.qcow2", "raw.img"),
     ),

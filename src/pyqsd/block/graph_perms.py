@@ -76,15 +76,15 @@ def _topological(roots: Iterable[Node]) -> list[Node]:
 def _check_conflicts(node: Node, new: dict[Child, Perms]) -> None:
     parents = node.parents
     for a in parents:
-        need = new.get(a, (a.perm, a.shared))[0]
+        shared = new.get(a, (a.perm, a.shared))[1]
         for b in parents:
             if a is b:
                 continue
-            missing = need & ~new.get(b, (b.perm, b.shared))[1]
+            missing = new.get(b, (b.perm, b.shared))[0] & ~shared
             if missing:
                 raise Error(
                     f"Permission conflict on node '{node.name}': permissions '{perms.names(missing)}' are both "
-                    f"required by {_user(a)} and unshared by {_user(b)}.",
+                    f"required by {_user(b)} and unshared by {_user(a)}.",
                     errno.EPERM,
                 )
 

@@ -110,10 +110,10 @@ async def _prepare(
     driver = node.driver
     if driver.backing is not None and getattr(options, "backing", None) is None:
         raise Error(f"backing is missing for '{node.name}'")
-    _check_same(node, options)
     children = _child_references(node, options)
     for name, ref in children.items():
         _find_replacement(graph, item, name, ref)
+    _check_same(node, options)
     try:
         apply_options(node, options, parent, role)
         item.new_effective = {name: getattr(node, name) for name in _EFFECTIVE}

@@ -220,9 +220,11 @@ class Exports:
         if not node.active and not options.allow_inactive:
             raise Error("Block node is inactive", errno.EPERM)
         perm = perms.CONSISTENT_READ | (perms.WRITE if options.writable and node.active else 0)
-        backend = BlockBackend(self.graph, "an unnamed block device", perm, cls.SHARED)
+        backend = BlockBackend(self.graph, "an unnamed block device", perm, perms.ALL)
         backend.insert(node)
         try:
+            # One after the other, as QSD does: messages name the first conflict.
+            backend.set_perms(perm, cls.SHARED)
             export = cls(self, options, backend)
             # From here on the id is taken, whatever else happens while the export starts.
             self._exports[options.id] = export

@@ -54,6 +54,10 @@ class Null(Driver):
         kind = ZERO if self.options.read_zeroes else DATA
         return (length, kind | OFFSET_VALID, self.node, offset)
 
+    async def block_status(self, offset: int, length: int, want_zero: bool) -> Extent:
+        # Neither data nor zeroes, unless it is promised that zeroes are read.
+        return (length, OFFSET_VALID | (ZERO if self.options.read_zeroes else 0), self.node, offset)
+
     async def _delay(self) -> None:
         if self._latency:
             await asyncio.sleep(self._latency)
@@ -75,6 +79,8 @@ class Null(Driver):
         await self._delay()
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
+        if flags & NO_FALLBACK:
+            raise OSError(errno.ENOTSUP, "zeroes are written like anything else")
         await self._delay()
 
     async def pdiscard(self, offset: int, length: int) -> None:

@@ -150,9 +150,8 @@ class PosixDriver(Driver):
         if not options.filename:
             raise Error(f"The '{self.name}' block driver requires a file name", errno.EINVAL)
         if options.pr_manager is not None:
-            raise Error(
-                "Persistent reservation managers are not supported, so 'pr-manager' cannot be used", errno.ENOTSUP
-            )
+            # There are no objects of that kind.
+            raise Error(f"No persistent reservation manager with id '{options.pr_manager}'", errno.ENOENT)
         if options.x_check_cache_dropped:
             raise Error("'x-check-cache-dropped' is not supported", errno.ENOTSUP)
         self._check_aio(options, node.cache_direct)
@@ -209,7 +208,8 @@ class PosixDriver(Driver):
                 raise Error(f"Could not open '{name}': filesystem does not support O_DIRECT", errno.EINVAL) from exc
             raise from_oserror(exc, f"Could not open '{name}'") from exc
         except ValueError as exc:
-            raise Error(f"Could not open '{name}': {exc}", errno.EINVAL) from exc
+            # A name that no file can have.
+            raise Error(f"Could not open '{name}': {os.strerror(errno.ENOENT)}", errno.ENOENT) from exc
         try:
             os.set_blocking(fd, True)
         except BaseException:
@@ -471,8 +471,8 @@ class PosixDriver(Driver):
             end, is_hole = found
         align = self._offset_align
         if end >= self._size:
-            # What the last sector has beyond the end of the file reads as zeroes, and belongs to what is before it.
-            end = offset + length if is_hole else max(self.length(), end)
+            # What the last sector has beyond the end of the file reads as zeroes.
+            end = offset + length if is_hole else -(-end // align) * align
         elif not is_hole:
             end = -(-end // align) * align
         elif (end & -align) > offset:

@@ -37,11 +37,11 @@ async def read_header(node: Node, file: Node, options: Options) -> headers.Heade
         raise Error("qcow2: Image is corrupt; cannot be opened read/write", errno.EACCES)
     headers.decode_extensions(header, first)
     headers.decode_backing_file(header, first)
-    _refuse_unsupported(header, options)
+    _refuse_unsupported(node, header, options)
     return header
 
 
-def _refuse_unsupported(header: headers.Header, options: Options) -> None:
+def _refuse_unsupported(node: Node, header: headers.Header, options: Options) -> None:
     if header.crypt_method == headers.CRYPT_NONE:
         if options.encrypt is not None:
             chosen = options.encrypt.__struct_config__.tag
@@ -53,6 +53,8 @@ def _refuse_unsupported(header: headers.Header, options: Options) -> None:
     if header.incompatible & headers.INCOMPAT_EXTENDED_L2:
         raise Error("qcow2 images with extended L2 entries are not supported", errno.ENOTSUP)
     if options.data_file is not None:
+        if isinstance(options.data_file, str):
+            node.graph.find(options.data_file)
         raise Error("'data-file' can only be set for images with an external data file", errno.EINVAL)
     if header.autoclear & headers.AUTOCLEAR_RAW_DATA:
         raise Error("data-file-raw requires a data file", errno.EINVAL)
