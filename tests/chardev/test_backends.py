@@ -419,3 +419,29 @@ def test_ringbuf() -> None:
             await add(chardevs, "ringbuf", size=-16)
 
     run(body())
+
+
+# --- names ------------------------------------------------------------------------------------------------------------
+
+
+def test_names_with_nul_are_not_cut_short(tmp_path: Path) -> None:
+    async def body() -> None:
+        chardevs = Chardevs()
+        (tmp_path / "a").write_bytes(b"data")
+        name = f"{tmp_path}/a\0b"
+        encoded = os.fsencode(tmp_path) + b"/a\xc0\x80b"
+        await add(chardevs, "file", out=name)
+        assert os.path.exists(encoded)
+        os.unlink(encoded)
+        await add(chardevs, "null", "b", logfile=name)
+        assert os.path.exists(encoded)
+        os.unlink(encoded)
+        await add(chardevs, "pty", "c", path=name)
+        assert os.path.islink(encoded)
+        await chardevs.remove("c")
+        await add(chardevs, "socket", "d", addr={"type": "unix", "data": {"path": name}})
+        assert os.path.exists(encoded)
+        await chardevs.close_all()
+        assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a").read_bytes() == b"data"
+
+    run(body())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyqsd.chardev import opts, registry
 from pyqsd.qapi.errors import Error
@@ -104,3 +106,44 @@ def test_every_backend_is_whole() -> None:
     for name in registry.chardev_names():
         assert registry.chardev_class(name).name == name
         assert registry.backend_class(name).__struct_config__.tag == name
+
+
+PIECES = st.sampled_from(
+    [
+        "socket",
+        "null",
+        "id",
+        "=",
+        ",",
+        ",,",
+        "a",
+        "1",
+        "server",
+        "no",
+        "on",
+        "size",
+        "to",
+        "path",
+        "help",
+        "-",
+        "k",
+        "ä",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(st.text(max_size=40), st.lists(PIECES, max_size=15).map("".join)))
+def test_anything_is_parsed_or_refused(text: str) -> None:
+    pairs = opts.split(text)
+    # What was split can be put together again, and says the same.
+    again = ",".join(f"{name}={value.replace(',', ',,')}" for name, value, _ in pairs)
+    if all("," not in name and "=" not in name for name, _, _ in pairs):
+        assert [(name, value) for name, value, _ in opts.split(again)] == [(name, value) for name, value, _ in pairs]
+    try:
+        parsed = opts.parse(text)
+        parsed.backend().options_from(parsed)
+        parsed.label()
+    except Error as exc:
+        assert exc.desc
+    opts.help_for(text)

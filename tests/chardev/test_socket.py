@@ -509,6 +509,21 @@ def test_wait_for_the_first_client(tmp_path: Path, caplog: pytest.LogCaptureFixt
 
 
 @pytest.mark.parametrize(
+    ("cid", "port", "what"),
+    [("x", "1", "cid 'x'"), ("1", "", "port ''"), ("9" * 5000, "1", "cid '999"), ("-1", "1", "cid")],
+)
+def test_vsock_mistakes(cid: str, port: str, what: str) -> None:
+    async def body() -> None:
+        for server_ in (True, False):
+            with pytest.raises(Error) as caught:
+                address = {"type": "vsock", "data": {"cid": cid, "port": port}}
+                await Chardevs().add("a", backend(addr=address, server=server_))
+            assert caught.value.desc.startswith(f"Failed to parse {what}")
+
+    run(body())
+
+
+@pytest.mark.parametrize(
     ("options", "text"),
     [
         ({"server": False, "wait": True}, "'wait' option is incompatible with socket in client connect mode"),

@@ -13,6 +13,8 @@ import stat
 import tempfile
 from typing import Any
 
+from pyqsd.chardev.paths import encode
+from pyqsd.qapi.convert import parse_integer
 from pyqsd.qapi.errors import Error, from_oserror
 from pyqsd.qapi.types import Struct, Uint16
 
@@ -126,7 +128,7 @@ def socket_from_fd(text: str) -> socket.socket:
         if text == "-1":
             raise Error("File descriptor '-1' is not a socket")
         raise Error(f"Unable to parse FD number {text}")
-    number = int(text)
+    number = int(text[:20])
     if number >= 1 << 31:
         raise Error(f"Unable to parse FD number {text}: {os.strerror(errno.ERANGE)}", errno.ERANGE)
     try:
@@ -181,8 +183,8 @@ async def _resolve(address: InetSocketAddress, passive: bool) -> list[tuple[int,
 
 def _unix_name(address: UnixSocketAddress) -> bytes:
     """The name for the kernel. Raises Error when it is too long."""
-    path = os.fsencode(address.path)
-    if len(path) + 1 > _UNIX_PATH_MAX or b"\0" in path:
+    path = encode(address.path)
+    if len(path) + 1 > _UNIX_PATH_MAX:
         raise Error(
             f"UNIX socket path '{address.path}' is too long", hint=f"Path must be less than {_UNIX_PATH_MAX} bytes"
         )
@@ -192,10 +194,13 @@ def _unix_name(address: UnixSocketAddress) -> bytes:
 
 
 def _vsock_name(address: VsockSocketAddress) -> tuple[int, int]:
-    for what, text in (("CID", address.cid), ("port", address.port)):
-        if not text.isdigit() or int(text) >= 1 << 32:
-            raise Error(f"Unable to parse vsock {what} '{text}'")
-    return int(address.cid), int(address.port)
+    numbers = []
+    for what, text in (("cid", address.cid), ("port", address.port)):
+        number = parse_integer(text)
+        if number is None or not 0 <= number < 1 << 32:
+            raise Error(f"Failed to parse {what} '{text}'")
+        numbers.append(number)
+    return numbers[0], numbers[1]
 
 
 # --- listening --------------------------------------------------------------------------------------------------------
@@ -204,7 +209,7 @@ def _vsock_name(address: VsockSocketAddress) -> tuple[int, int]:
 class Listener:
     """Listening sockets of one address (a name may stand for several). `address` is where they really listen."""
 
-    def __init__(self, sockets: list[socket.socket], unlink: tuple[str, int, int] | None = None) -> None:
+    def __init__(self, sockets: list[socket.socket], unlink: tuple[bytes, int, int] | None = None) -> None:
         self.sockets = sockets
         self.address = local_address(sockets[0])
         self._unlink = unlink
@@ -307,8 +312,8 @@ def _listen_unix(address: UnixSocketAddress, backlog: int) -> Listener:
         raise from_oserror(exc, f"Failed to bind socket to {path}") from exc
     unlink = None
     if not address.abstract:
-        made = os.lstat(path)
-        unlink = (os.path.abspath(path), made.st_dev, made.st_ino)
+        made = os.lstat(name)
+        unlink = (os.path.abspath(name), made.st_dev, made.st_ino)
     sock.listen(backlog)
     return Listener([sock], unlink)
 
@@ -316,10 +321,10 @@ def _listen_unix(address: UnixSocketAddress, backlog: int) -> Listener:
 def _unlink_stale(path: str) -> None:
     """Remove a socket that an earlier program has left behind; never anything else, which may be somebody's data."""
     try:
-        mode = os.lstat(path).st_mode
+        mode = os.lstat(encode(path)).st_mode
         if not stat.S_ISSOCK(mode) and not stat.S_ISDIR(mode):
             raise Error(f"Failed to unlink socket {path}: it is not a socket", errno.EEXIST)
-        os.unlink(path)
+        os.unlink(encode(path))
     except FileNotFoundError:
         pass
     except NotADirectoryError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pyqsd.chardev import registry
 from pyqsd.chardev.options import ChardevBackend, ChardevCommon
+from pyqsd.chardev.paths import encode
 from pyqsd.qapi.errors import Error, from_oserror
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ class Chardev:
         flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
         flags |= os.O_APPEND if self.options.logappend else os.O_TRUNC
         try:
-            self._log = os.open(name, flags, 0o666)
+            self._log = os.open(encode(name), flags, 0o666)
         except OSError as exc:
             raise from_oserror(exc, f"Could not create '{name}'") from exc
 

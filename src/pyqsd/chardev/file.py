@@ -8,6 +8,7 @@ from typing import Any
 from pyqsd.chardev.chardev import Chardev
 from pyqsd.chardev.options import ChardevBackend, ChardevCommon
 from pyqsd.chardev.opts import Opts
+from pyqsd.chardev.paths import encode
 from pyqsd.chardev.stream import Stream
 from pyqsd.qapi.errors import Error, from_oserror
 
@@ -77,11 +78,9 @@ class FdChardev(Chardev):
 def open_fd(path: str, flags: int) -> int:
     """Open `path` without ever blocking. Raises Error."""
     try:
-        return os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
+        return os.open(encode(path), flags | os.O_CLOEXEC | os.O_NONBLOCK, 0o666)
     except OSError as exc:
         raise from_oserror(exc, f"Could not open '{path}'") from exc
-    except ValueError as exc:
-        raise Error(f"Could not open '{path}': {exc}") from exc
 
 
 class FileChardev(FdChardev):

@@ -10,6 +10,7 @@ import tty
 from pyqsd.chardev.chardev import Chardev
 from pyqsd.chardev.options import ChardevBackend, ChardevCommon
 from pyqsd.chardev.opts import Opts
+from pyqsd.chardev.paths import encode
 from pyqsd.chardev.stream import Stream
 from pyqsd.qapi.errors import from_oserror
 
@@ -38,7 +39,7 @@ class PtyChardev(Chardev):
         super().__init__(label, options)
         self._master = -1
         self._slave_name = ""
-        self._link: str | None = None
+        self._link: bytes | None = None
         self._stream: Stream | None = None
         self._look: asyncio.TimerHandle | None = None
 
@@ -58,12 +59,12 @@ class PtyChardev(Chardev):
         path: str | None = self.options.path
         if path is not None:
             try:
-                os.symlink(self._slave_name, path)
+                os.symlink(os.fsencode(self._slave_name), encode(path))
             except OSError as exc:
                 os.close(self._master)
                 self._master = -1
                 raise from_oserror(exc, "Failed to create PTY symlink") from exc
-            self._link = os.path.abspath(path)
+            self._link = os.path.abspath(encode(path))
         self._look_for_peer()
 
     def _look_for_peer(self) -> None:
@@ -91,7 +92,7 @@ class PtyChardev(Chardev):
             self._stream = None
         if self._link is not None:
             try:
-                if os.readlink(self._link) == self._slave_name:
+                if os.readlink(self._link) == os.fsencode(self._slave_name):
                     os.unlink(self._link)
             except OSError:
                 pass

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pyqsd.chardev.options import ChardevBackend
 
 #: The modules of this room that are no backends.
-_OTHERS = {"addresses", "base64", "chardev", "commands", "options", "opts", "registry", "stream"}
+_OTHERS = {"addresses", "base64", "chardev", "commands", "options", "opts", "paths", "registry", "stream"}
 
 
 @cache

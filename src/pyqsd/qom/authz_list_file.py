@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from pyqsd.chardev.paths import encode
 from pyqsd.qapi import json_stream
 from pyqsd.qapi.convert import convert
 from pyqsd.qapi.errors import Error
@@ -59,7 +60,7 @@ class AuthZListFile(Authorizer):
         """Something that is another one when the file has changed."""
         name: str = self.options.filename
         try:
-            found = os.stat(name)
+            found = os.stat(encode(name))
         except OSError as exc:
             return name, exc.errno
         return name, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
@@ -68,7 +69,7 @@ class AuthZListFile(Authorizer):
         """Raises Error."""
         name: str = self.options.filename
         try:
-            with open(name, "rb") as file:
+            with open(encode(name), "rb") as file:
                 data = file.read()
             value = json_stream.parse_text(data.decode("utf-8"))
         except OSError as exc:

@@ -7,6 +7,7 @@ import os
 import stat
 from typing import ClassVar
 
+from pyqsd.chardev.paths import encode
 from pyqsd.qapi.errors import Error
 from pyqsd.qom.object import Property, text
 from pyqsd.qom.secret_common import SecretObject, SecretOptions
@@ -41,7 +42,7 @@ async def _read(path: str) -> bytes:
     """The content of a file. Raises Error."""
     what = "Failed to open file"
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(encode(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
             what = "Error reading file"
             if stat.S_ISREG(os.fstat(fd).st_mode):
