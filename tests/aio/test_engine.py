@@ -259,6 +259,50 @@ def test_nothing_to_do(kind: str, tmp_path: Path) -> None:
     run(kind, use)
 
 
+def test_impossible_arguments_start_nothing(tmp_path: Path) -> None:
+    """What stood in the entry of the queue before, a write, must not be made a second time."""
+
+    async def use(engine: Engine) -> None:
+        with opened(tmp_path / "f", b"before") as fd:
+            for _ in range(300):
+                await engine.pwritev(fd, [memoryview(b"written")], 0, 7)
+            os.pwrite(fd, b"changed", 0)
+            for offset in (-1, 1 << 64):
+                with pytest.raises((OverflowError, TypeError, ValueError)):
+                    engine.pwritev(fd, [memoryview(b"never")], offset, 5)
+            await asyncio.gather(*[_await(engine.fdatasync(fd)) for _ in range(300)])
+            assert os.pread(fd, 100, 0) == b"changed"
+
+    run("io_uring", use)
+
+
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOMEM])
+def test_refused_submission_is_tried_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    from pyqsd.aio import uring
+
+    real = uring.io_uring_submit
+    refusals = [number] * 3
+
+    def submit(ring: object) -> int:
+        if refusals:
+            raise OSError(refusals.pop(), "not now")
+        done: int = real(ring)
+        return done
+
+    monkeypatch.setattr(uring, "io_uring_submit", submit)
+
+    async def use(engine: Engine) -> None:
+        with opened(tmp_path / "f") as fd:
+            await asyncio.gather(*[_await(engine.pwritev(fd, [memoryview(b"x")], at, 1)) for at in range(200)])
+            assert os.pread(fd, 1000, 0) == b"x" * 200
+            assert not refusals
+
+    run("io_uring", use)
+    assert ("cannot submit" in caplog.text) == (number == errno.ENOMEM)
+
+
 # --- cancelling ------------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar, Final
@@ -39,6 +40,9 @@ _WRITE: Final = 1
 _SYNC: Final = 2
 _FALLOCATE: Final = 3
 
+#: The user_data of entries that stand for nothing.
+_NOBODY: Final = _ENTRIES
+
 
 def works() -> bool:
     """Whether a ring can be made, and knows all the operations that the engine needs."""
@@ -58,6 +62,9 @@ def works() -> bool:
     # Completions must not be dropped, and argument memory must not be needed after submission.
     stable = ring_lib.IORING_FEAT_NODROP | ring_lib.IORING_FEAT_SUBMIT_STABLE
     return features & stable == stable and all(known.get(name, False) for name in needed)
+
+
+log = logging.getLogger(__name__)
 
 
 class _Operation(Request):
@@ -154,18 +161,7 @@ class UringEngine(Engine):
         if not free:
             self._backlog.append(operation)
             return
-        alone = len(free) == _ENTRIES
-        self._enqueue(operation)
-        if alone or self._pending >= self.max_batch:
-            self._submit()
-        elif not self._submit_scheduled:
-            self._submit_scheduled = True
-            self.loop.call_soon(self._submit)
-
-    def _enqueue(self, operation: _Operation) -> None:
-        """Enter it into the submission queue, which has as many entries as there are slots."""
         kind = operation.kind
-        iovec = None
         if kind <= _WRITE:
             iov = operation.iov
             try:
@@ -173,19 +169,32 @@ class UringEngine(Engine):
             except ValueError:
                 # More buffers than one call takes.
                 iovec = operation.iovec = Iovec(piece_of(iov, operation.length))
+        # The submission queue has as many entries as there are slots.
         sqe = io_uring_get_sqe(self._ring)
-        if kind == _READ:
-            io_uring_prep_readv(sqe, operation.fd, iovec, operation.offset, 0)
-        elif kind == _WRITE:
-            io_uring_prep_writev(sqe, operation.fd, iovec, operation.offset, operation.flags)
-        elif kind == _SYNC:
-            io_uring_prep_fsync(sqe, operation.fd, ring_lib.IORING_FSYNC_DATASYNC)
-        else:
-            io_uring_prep_fallocate(sqe, operation.fd, operation.flags, operation.offset, operation.length)
-        slot = self._free.pop()
+        try:
+            if kind == _READ:
+                io_uring_prep_readv(sqe, operation.fd, iovec, operation.offset, 0)
+            elif kind == _WRITE:
+                io_uring_prep_writev(sqe, operation.fd, iovec, operation.offset, operation.flags)
+            elif kind == _SYNC:
+                io_uring_prep_fsync(sqe, operation.fd, ring_lib.IORING_FSYNC_DATASYNC)
+            else:
+                io_uring_prep_fallocate(sqe, operation.fd, operation.flags, operation.offset, operation.length)
+        except BaseException:
+            # The entry is taken, and what stands in it is an old request, which must not be made again.
+            ring_lib.io_uring_prep_nop(sqe)
+            sqe.user_data = _NOBODY
+            self._pending += 1
+            raise
+        alone = len(free) == _ENTRIES
+        sqe.user_data = slot = free.pop()
         self._slots[slot] = operation
-        sqe.user_data = slot
         self._pending += 1
+        if alone or self._pending >= self.max_batch:
+            self._submit()
+        elif not self._submit_scheduled:
+            self._submit_scheduled = True
+            self.loop.call_soon(self._submit)
 
     def _submit(self) -> None:
         self._submit_scheduled = False
@@ -196,10 +205,10 @@ class UringEngine(Engine):
                 continue
             except OSError as exc:
                 if exc.errno not in (errno.EAGAIN, errno.EBUSY):
-                    raise
+                    log.error("io_uring: cannot submit requests: %s", exc)
                 submitted = 0
             if not submitted:
-                # The kernel is short of memory.
+                # The kernel is short of memory. Nobody may be told of an error, for the requests are in its queue.
                 self._submit_scheduled = True
                 self.loop.call_later(0.001, self._submit)
                 return
@@ -211,20 +220,24 @@ class UringEngine(Engine):
         """What has completed, with the results. The queue's entries and the slots are free again afterwards."""
         cqe, slots, free = self._cqe, self._slots, self._free
         done: list[tuple[_Operation, int]] = []
+        count = 0
         for _ in CqeIter(self._ring, cqe):
+            count += 1
             entry = cqe[0]
             try:
                 result = entry.res
             except OSError as exc:
                 result = -(exc.errno or errno.EIO)
             slot = entry.user_data
+            if slot == _NOBODY:
+                continue
             operation = slots[slot]
             assert operation is not None
             slots[slot] = None
             free.append(slot)
             done.append((operation, result))
-        if done:
-            io_uring_cq_advance(self._ring, len(done))
+        if count:
+            io_uring_cq_advance(self._ring, count)
         return done
 
     def _reap(self) -> None:
@@ -238,8 +251,11 @@ class UringEngine(Engine):
             operation = self._backlog.popleft()
             if operation.cancelled_:
                 operation.finish()
-            else:
+                continue
+            try:
                 self._start(operation)
+            except Exception as exc:
+                operation.finish(exc)
 
     def _go_on(self, operation: _Operation, result: int) -> None:
         """What has not simply done all that it should have: errors, short transfers, and operations without data."""
