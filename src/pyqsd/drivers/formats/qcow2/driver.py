@@ -151,6 +151,7 @@ class Qcow2(Driver):
         try:
             await self._complete()
         finally:
+            await self.image.tasks_done()
             await self.image.marked()
 
     async def inactivate(self) -> None:
@@ -376,15 +377,8 @@ class Qcow2(Driver):
         if occupied is None:
             return False
         clusters = occupied >> self._bits
-        threshold = max(clusters * 10 // 9, clusters + 2)
-        total = self._file.length >> self._bits
-        in_use = 0
-        for cluster in range(total):
-            if await image.refcounts.get(cluster):
-                in_use += 1
-                if in_use >= threshold:
-                    return True
-        return False
+        least = max(clusters * 10 // 9, clusters + 2)
+        return await image.refcounts.at_least_in_use(least, self._file.length >> self._bits)
 
     # --- I/O -----------------------------------------------------------------------------------------------------
 
@@ -435,6 +429,8 @@ class Qcow2(Driver):
         await self._unmapper.discard(start, end - start, "request", False)
 
     async def flush(self) -> None:
+        # What is in memory of a broken image is lost, so that nobody may believe it flushed.
+        self.image.check_usable()
         if self._ready:
             await self.image.write_back()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyqsd.block.events import BlockImageCorrupted
 from pyqsd.drivers.formats.qcow2 import header as headers
@@ -13,7 +13,7 @@ from pyqsd.drivers.formats.qcow2.overlap import MetadataMap
 from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
 
     from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.header import Header
@@ -56,6 +56,7 @@ class Image:
         self.broken = False
         self._signalled = False
         self._marking: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
         #: The driver's shortcuts: called when a slice leaves the cache, and when the image must not be used any more.
         self.forget_slice: Callable[[Slice], None] = lambda found: None
         self.forget_all: Callable[[], None] = lambda: None
@@ -195,6 +196,25 @@ class Image:
     async def write_back(self) -> None:
         """Bring all metadata to disk. Raises OSError."""
         await self.writeback.run()
+
+    async def uncancelled(self, coro: Coroutine[Any, Any, None]) -> None:
+        """Run `coro` to its end, even if the caller is cancelled: a metadata write that was given up could still reach
+        the disk, after a later one."""
+        task = asyncio.get_running_loop().create_task(coro)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        await asyncio.shield(task)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            # Whoever still waits gets the error; otherwise what failed is still dirty, and the next round meets it.
+            task.exception()
+
+    async def tasks_done(self) -> None:
+        """Wait for what `uncancelled` still runs."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
 
     async def clear_autoclear(self) -> None:
         """Before the first write: what this program does not keep up to date must not look consistent afterwards."""

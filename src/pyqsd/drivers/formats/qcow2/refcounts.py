@@ -9,6 +9,7 @@ raised here before anything refers to a cluster, and are lowered only when nothi
 
 from __future__ import annotations
 
+import asyncio
 import errno
 from array import array
 from typing import TYPE_CHECKING
@@ -108,6 +109,13 @@ class Counts:
             at += 1
         return at - start
 
+    def used(self, stop: int) -> int:
+        """How many of the first `stop` counts are not 0."""
+        values = self.values[:stop]
+        # Most blocks have no gap.
+        ones = b"\1" * stop if isinstance(values, bytearray) else array(values.typecode, (1,)) * stop
+        return stop if values == ones else stop - values.count(0)
+
     def encode(self, start: int, stop: int) -> bytes:
         piece = self.values[start:stop]
         if isinstance(piece, array):
@@ -162,6 +170,9 @@ class PackedCounts(Counts):
         while at < stop and not self.get(at):
             at += 1
         return at - start
+
+    def used(self, stop: int) -> int:
+        return sum(1 for index in range(stop) if self.get(index))
 
     def encode(self, start: int, stop: int) -> bytes:
         shift = 3 - self.order
@@ -243,7 +254,7 @@ class Refcounts:
         if len(self.blocks) < self.max_blocks:
             return
         if len(self._dirty) * 2 > len(self.blocks):
-            await self.write()
+            await self.image.uncancelled(self.write())
         for _ in range(2):
             for index in list(self.blocks):
                 block = self.blocks.get(index)
@@ -271,6 +282,19 @@ class Refcounts:
         """The count of `cluster`. Raises OSError."""
         block = await self.load(cluster >> self.block_bits)
         return 0 if block is None else block.counts.get(cluster & (self.block_entries - 1))
+
+    async def at_least_in_use(self, least: int, total: int) -> bool:
+        """Whether at least `least` of the first `total` clusters are in use. Raises OSError."""
+        found = 0
+        for index in range(-(-total // self.block_entries)):
+            block = await self.load(index)
+            if block is not None:
+                found += block.counts.used(min(self.block_entries, total - (index << self.block_bits)))
+                if found >= least:
+                    return True
+                # Others get their turn: this may be many blocks.
+                await asyncio.sleep(0)
+        return False
 
     # --- allocating --------------------------------------------------------------------------------------------------
 

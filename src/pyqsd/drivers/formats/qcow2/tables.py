@@ -102,6 +102,21 @@ class L2Tables:
             raise self.image.corrupt(f"L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})")
         return offset
 
+    def next_table(self, index: int, end: int) -> int:
+        """The first L1 index in ``[index, end)`` that has an L2 table, or `end`."""
+        l1 = self.l1
+        end = min(end, len(l1))
+        while index < end:
+            step = min(end - index, 1024)
+            if any(l1[index : index + step]):
+                while not l1[index] & OFFSET_MASK:
+                    index += 1
+                    if index == end:
+                        return end
+                return index
+            index += step
+        return max(index, end)
+
     def slice_offset(self, key: int) -> int:
         """The host offset of the slice `key`, whose table must exist."""
         offset = self.l1[key >> self.key_bits] & OFFSET_MASK

@@ -6,7 +6,9 @@ what behind follows QEMU's driver, so that the same requests make the same image
 
 from __future__ import annotations
 
+import asyncio
 import errno
+from array import array
 from typing import TYPE_CHECKING
 
 from pyqsd.block.driver import MAY_UNMAP
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.tables import Slice
     from pyqsd.drivers.formats.qcow2.write import Writer
 
+#: After so many slices other requests have their turn.
+_STEPS = 8
 #: What to do with an entry: the new one, and whether the cluster of the old one is dropped.
 _Change = tuple[int, bool]
 
@@ -135,7 +139,17 @@ class Unmapper:
         l2 = image.l2
         at = offset
         skip_missing = full is not None and (full or self.image.backing is None)
+        table_shift = l2.slice_shift + l2.key_bits
+        steps = 0
         while at < end:
+            if skip_missing:
+                at = max(at, l2.next_table(at >> table_shift, ((end - 1) >> table_shift) + 1) << table_shift)
+                if at >= end:
+                    break
+            steps += 1
+            if steps % _STEPS == 0:
+                # Others must have their turn.
+                await asyncio.sleep(0)
             stop = min(end, ((at >> l2.slice_shift) + 1) << l2.slice_shift)
             first = at >> image.cluster_bits
             last = (stop - 1) >> image.cluster_bits
@@ -150,6 +164,7 @@ class Unmapper:
                     continue
                 key = at >> l2.slice_shift
                 if skip_missing and not l2.table_offset(key >> l2.key_bits):
+                    # It went away meanwhile.
                     break
                 found = l2.slices.get(key)
                 if found is None or not l2.l1[key >> l2.key_bits] & COPIED:
@@ -186,7 +201,15 @@ class Unmapper:
         mask = image.l2.slice_entries - 1
         entries = found.entries
         lo = hi = -1
-        kept = []
+        kept: list[int] = []
+        start, stop = first & mask, (last & mask) + 1
+        if not any(entries[start:stop]):
+            # All are unallocated, and become the same.
+            changed = change(0)
+            if changed is not None and changed[0]:
+                entries[start:stop] = array("Q", (changed[0],)) * (stop - start)
+                image.l2.touched(found, start, stop)
+            return kept
         for index in range(first & mask, (last & mask) + 1):
             old = entries[index]
             if not old & COMPRESSED and old & OFFSET_MASK & image.cluster_mask:

@@ -37,7 +37,6 @@ class WriteBack:
     def __init__(self, image: Image) -> None:
         self.image = image
         self._lock = asyncio.Lock()
-        self._round: asyncio.Future[None] | None = None
 
     @property
     def needed(self) -> bool:
@@ -48,6 +47,10 @@ class WriteBack:
     async def run(self, refcounts: bool | None = None) -> None:
         """Bring everything to disk that is in memory now. `refcounts`: also with lazy refcounts. Raises OSError; what
         could not be written is still in memory then."""
+        if self.needed:
+            await self.image.uncancelled(self._round(refcounts))
+
+    async def _round(self, refcounts: bool | None) -> None:
         image = self.image
         lazy = image.settings.lazy_refcounts and image.header.incompatible & headers.INCOMPAT_DIRTY
         if refcounts is None:
