@@ -14,6 +14,8 @@ _ONE_PIECE = (
     "where nothing but zeroes is read, a hole is sent, as QSD does"
 )
 
+_LATER = "encryption, external data files and extended L2 entries are refused: a later release has them"
+
 KNOWN: dict[tuple[str, str], str] = {
     ("backing-null", _NULL): "QSD gives null-co the name of the image's own backing file, which null-co refuses",
     ("reopen-exported", "read"): "QSD's export keeps the size that the node had before it was reopened",
@@ -23,5 +25,18 @@ KNOWN: dict[tuple[str, str], str] = {
     ): "NBD wants an option whose length does not fit refused; QSD overlooks it",
     ("nbd-pieces", "mixed"): _ONE_PIECE,
     ("nbd-pieces", "mixed, extended"): _ONE_PIECE,
-    ("nbd-pieces", "small zeroes"): "a few bytes of zeroes are sent as data: a hole is hardly shorter, and to look for it takes time",
+    (
+        "nbd-pieces",
+        "small zeroes",
+    ): "a few bytes of zeroes are sent as data: a hole is hardly shorter, and to look for it takes time",
+    **{
+        (f"mangled-header-{mode}", f"{name}: {step}"): _LATER
+        for mode in ("ro", "rw")
+        for name, steps in (
+            ("crypt-method=0x1", ("open",)),
+            ("incompatible-bit-2", ("open",)),
+            ("incompatible-bit-4", ("open", "info", "use", "close")),
+        )
+        for step in steps
+    },
 }

@@ -525,14 +525,12 @@ SESSIONS = [
         "nbd-pieces",
         [
             *SERVED,
-            client(
-                "nothing but zeroes", pieces((READ, 2 * MiB, 65536), (READ, 3 * MiB, MiB), (READ, MiB // 2, 4096)), "q"
-            ),
+            client("nothing but zeroes", pieces((READ, 2 * MiB, 65536), (READ, 3 * MiB, MiB)), "q"),
             client("nothing but data", pieces((READ, 0, 131072), (READ, 4096, 4096), (READ, MiB, 65536)), "q"),
             client("null", pieces((READ, 0, 65536)), "described"),
             client("mixed", pieces(*READS), "q"),
             client("mixed, extended", pieces(*READS), "q", extended=True),
-            client("small zeroes", pieces((READ, 3 * MiB, 512), (READ, 4 * MiB - 1, 1)), "q"),
+            client("small zeroes", pieces((READ, MiB // 2, 4096), (READ, 3 * MiB, 512), (READ, 4 * MiB - 1, 1)), "q"),
         ],
         images=("plain.qcow2", "raw.img"),
     ),

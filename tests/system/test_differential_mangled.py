@@ -22,8 +22,13 @@ KILLS_QSD = ("l1-header",)  # when it is opened for writing
 REACH = 4 * MiB  # how far into a (perhaps enormous) image is looked
 
 
-def exercise(writable: bool) -> Any:
-    """Opens the node as an export, reads it, and writes to places of all kinds; what each request answered."""
+def use(writable: bool) -> Any:
+    """Reads the node through an export; with `writable`, writes to places of all kinds as well.
+
+    The reads of a read-only node are compared between the daemons. Where a broken image is written to, the outcome
+    depends on where clusters happen to be allocated: there it is enough that every request is answered, and that the
+    other export goes on.
+    """
 
     def run(context: Context) -> Any:
         qmp = context.daemon.qmp
@@ -31,7 +36,7 @@ def exercise(writable: bool) -> Any:
         if "error" in reply:
             return reply
         answers: list[Any] = []
-        with NbdClient(context.workdir / "nbd.sock", "m", timeout=10) as client:
+        with NbdClient(context.workdir / "nbd.sock", "m", timeout=10, structured=False) as client:
             size = client.size
             answers.append(["size", size])
 
@@ -40,7 +45,7 @@ def exercise(writable: bool) -> Any:
                 got = client.receive()
                 assert got.cookie == cookie
                 data = "" if got.error or command else zlib.crc32(NbdClient.assemble(got, offset, length))
-                answers.append([command, offset, length, got.error, got.text, data])
+                answers.append([command, offset, length, got.error, data])
 
             places = [*range(0, min(size, REACH), STEP), *([size - 512] if size > REACH else [])]
             for offset in places:
@@ -58,7 +63,7 @@ def exercise(writable: bool) -> Any:
         is_alive(context.workdir / "nbd.sock", "other", b"\x11" * 512)
         qmp.execute("block-export-del", id="e", mode="hard")
         qmp.wait_event("BLOCK_EXPORT_DELETED")
-        return answers
+        return len(answers) if writable else answers
 
     return run
 
@@ -85,8 +90,8 @@ def steps_of(name: str, patch: mangle.Patch, read_only: bool) -> list[Any]:
             f"{name}: open",
             lambda c: c.daemon.qmp.raw_command(qcow2("m", "m.qcow2", read_only=read_only, discard="unmap")),
         ),
-        Do(f"{name}: use", exercise(not read_only)),
         Do(f"{name}: info", node_info),
+        Do(f"{name}: use", use(not read_only)),
         Do(f"{name}: close", lambda c: c.daemon.qmp.raw_command(cmd("blockdev-del", node_name="m"))),
     ]
 
@@ -97,7 +102,8 @@ def session(group: str, read_only: bool) -> Session:
         if name in KILLS_QSD and not read_only:
             continue
         steps += steps_of(name, patch, read_only)
-    return Session(f"mangled-{group}-{'ro' if read_only else 'rw'}", steps, images=("plain.qcow2", "raw.img"))
+    name = f"mangled-{group}-{'ro' if read_only else 'rw'}"
+    return Session(name, steps, images=("plain.qcow2", "raw.img"), compare_events=read_only)
 
 
 @pytest.mark.parametrize("read_only", [True, False], ids=["ro", "rw"])

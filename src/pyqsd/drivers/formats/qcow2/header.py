@@ -128,6 +128,11 @@ class Header:
         return found
 
 
+def hexed(number: int) -> str:
+    """A number as messages have it: C's ``%#x``, which has no prefix for zero."""
+    return f"{number:#x}" if number else "0"
+
+
 def os_decode(data: bytes) -> str:
     """A name in an image as text; any byte survives the way back (`os_encode`)."""
     return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
@@ -208,6 +213,7 @@ def decode(first: bytes | bytearray) -> Header:
         header.unknown_fields = first[HEADER_BYTES : header.header_length]
     if header.backing_offset > cluster_size:
         raise Error("Invalid backing file offset", errno.EINVAL)
+    _check_compression(header)
     unknown = header.incompatible & ~INCOMPAT_KNOWN
     if unknown:
         raise Error(f"Unsupported qcow2 feature(s): {_feature_names(header, first, unknown)}", errno.ENOTSUP)
@@ -218,7 +224,6 @@ def decode(first: bytes | bytearray) -> Header:
     if header.crypt_method > CRYPT_LUKS:
         method = header.crypt_method - (header.crypt_method >> 31 << 32)
         raise Error(f"Unsupported encryption method {method}", errno.EINVAL)
-    _check_compression(header)
     _check_tables(header)
     return header
 

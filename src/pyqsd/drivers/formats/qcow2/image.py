@@ -107,7 +107,7 @@ class Image:
         table = l2.l1[found.key >> l2.key_bits] & 0x00FFFFFFFFFFFE00
         number = (found.key & ((1 << l2.key_bits) - 1)) * l2.slice_entries + index
         text = message.format(host=host)
-        return self.corrupt(f"{text} (L2 offset: {table:#x}, L2 index: {number:#x})")
+        return self.corrupt(f"{text} (L2 offset: {headers.hexed(table)}, L2 index: {headers.hexed(number)})")
 
     async def _mark(self) -> None:
         try:

@@ -120,9 +120,11 @@ def specific(image: Image, bitmaps: list[Qcow2BitmapInfo]) -> ImageInfoSpecificQ
     if header.version < 3:
         data = ImageInfoSpecificQCow2(compat="0.10", refcount_bits=header.refcount_bits, compression_type=kind)
     else:
+        named = header.extension(headers.EXT_DATA_FILE)
         shown = bitmaps if header.autoclear & headers.AUTOCLEAR_BITMAPS else []
         data = ImageInfoSpecificQCow2(
             compat="1.1",
+            data_file=headers.os_decode(named) if named is not None else None,
             lazy_refcounts=bool(header.compatible & headers.COMPAT_LAZY_REFCOUNTS),
             corrupt=bool(header.incompatible & headers.INCOMPAT_CORRUPT),
             extended_l2=bool(header.incompatible & headers.INCOMPAT_EXTENDED_L2),

@@ -238,7 +238,7 @@ class Refcounts:
             return None
         image = self.image
         if offset & image.cluster_mask:
-            raise image.corrupt(f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})")
+            raise image.corrupt(f"Refblock offset {offset:#x} unaligned (reftable index: {headers.hexed(index)})")
         if evict:
             await self.make_room()
         data = await image.file.pread(offset, image.cluster_size)

@@ -68,7 +68,7 @@ def decode(data: bytes | bytearray, index: int) -> Snapshot:
         if icount == -1:
             icount = None
     at += extra
-    ident = bytes(data[at : at + id_size]).decode("utf-8", "replace")
+    ident = bytes(data[at : at + id_size]).split(b"\0", 1)[0].decode("utf-8", "replace")
     at += id_size
-    name = bytes(data[at : at + name_size]).decode("utf-8", "replace")
+    name = bytes(data[at : at + name_size]).split(b"\0", 1)[0].decode("utf-8", "replace")
     return Snapshot(l1_offset, l1_size, ident, name, sec, nsec, clock, vm_state, disk_size, icount)

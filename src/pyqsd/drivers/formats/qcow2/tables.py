@@ -99,7 +99,7 @@ class L2Tables:
             return 0
         offset = self.l1[l1_index] & OFFSET_MASK
         if offset & self.image.cluster_mask:
-            raise self.image.corrupt(f"L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})")
+            raise self.image.corrupt(f"L2 table offset {offset:#x} unaligned (L1 index: {headers.hexed(l1_index)})")
         return offset
 
     def next_table(self, index: int, end: int) -> int:
