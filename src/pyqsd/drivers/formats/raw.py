@@ -115,6 +115,8 @@ class Raw(Driver):
             raise Error("Cannot resize fixed-size raw disks", errno.ENOTSUP)
         if length > _INT64_MAX - self._offset:
             raise Error("Disk size too large for the chosen offset", errno.EINVAL)
+        # Whatever the file has then, it is a new size.
+        self._length = 0
         await self._below.truncate(length + self._offset, exact=exact, preallocation=preallocation, zero_new=zero_new)
 
     # --- where the data is: one constant further on in the file -------------------------------------------------------
