@@ -117,7 +117,9 @@ def test_pipe(tmp_path: Path, two: bool) -> None:
     run(body())
 
 
-def test_pipe_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipe_that_nobody_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """Memory stays bounded, whole pieces are lost, and what is kept arrives once somebody reads."""
     monkeypatch.setattr(stream, "LIMIT", 1 << 20)
 
@@ -131,6 +133,8 @@ def test_pipe_that_nobody_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for number in range(100_000):
             chardev.write(b"%09d\n" % number * 10)
         assert chardev.pressed
+        lost = "character device a: nobody reads it, output is lost"
+        assert [record.getMessage() for record in caplog.records] == [lost]
         assert chardev._stream._unsent_bytes <= 1 << 20  # type: ignore[attr-defined]
         fd = os.open(f"{path}.out", os.O_RDONLY | os.O_NONBLOCK)
         data = b""

@@ -10,7 +10,6 @@ import errno
 import os
 import socket
 import stat
-import tempfile
 from typing import Any
 
 from pyqsd.chardev.paths import encode
@@ -298,6 +297,8 @@ def _tcp_socket(address: InetSocketAddress, family: int) -> socket.socket:
 def _listen_unix(address: UnixSocketAddress, backlog: int) -> Listener:
     path = address.path
     if not path and not address.abstract:
+        import tempfile
+
         handle, path = tempfile.mkstemp(prefix="pyqsd-socket-")
         os.close(handle)
         os.unlink(path)

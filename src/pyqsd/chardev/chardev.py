@@ -15,6 +15,7 @@ from pyqsd.chardev import registry
 from pyqsd.chardev.options import ChardevBackend, ChardevCommon
 from pyqsd.chardev.paths import encode
 from pyqsd.qapi.errors import Error, from_oserror
+from pyqsd.trace import report
 
 if TYPE_CHECKING:
     from pyqsd.chardev.opts import Opts
@@ -51,6 +52,7 @@ class Chardev:
         self.is_open = False
         self._reading_paused = False
         self._log = -1
+        self._loss_reported = False
 
     # --- for the frontend ------------------------------------------------------------------------------------------
 
@@ -78,6 +80,8 @@ class Chardev:
             except OSError:
                 pass  # a log that cannot be written must not stop what is logged
         if self.is_open:
+            if self._loss_reported and not self.pressed:
+                self._loss_reported = False
             self._write(data)
 
     @property
@@ -116,6 +120,12 @@ class Chardev:
             self.is_open = False
             if self.frontend is not None:
                 self.frontend.closed()
+
+    def _output_lost(self) -> None:
+        """Say that something written was lost, once until the peer reads again."""
+        if not self._loss_reported:
+            self._loss_reported = True
+            report.warn(f"character device {self.label}: nobody reads it, output is lost")
 
     # --- what a backend does ---------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ class FdChardev(Chardev):
     def _start(self, input_fd: int, output_fd: int) -> None:
         """Go on with these (non-blocking; -1 for none); they are closed at the end."""
         self._fds = (input_fd, output_fd)
-        self._stream = Stream(input_fd, output_fd, self._received, self._ended)
+        self._stream = Stream(input_fd, output_fd, self._received, self._ended, self._output_lost)
         self._opened()
         self._update_reading()
 

@@ -74,7 +74,7 @@ class PtyChardev(Chardev):
         if any(events & select.POLLHUP for _, events in poll.poll(0)):
             self._look = asyncio.get_running_loop().call_later(_LOOK_EVERY, self._look_for_peer)
             return
-        self._stream = Stream(self._master, self._master, self._received, self._lost)
+        self._stream = Stream(self._master, self._master, self._received, self._lost, self._output_lost)
         self._opened()
         self._update_reading()
 
