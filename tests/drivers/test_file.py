@@ -234,7 +234,7 @@ def test_errors_of_opening(tmp_path: Path, image: Path) -> None:
         == "aio=native was specified, but it requires cache.direct=on, which was not specified."
     )
     assert error_of(filename="/proc/version").desc == "Could not refresh total sector count: Invalid argument"
-    assert "pr-manager" in error_of(filename=str(image), pr_manager="x").desc
+    assert error_of(filename=str(image), pr_manager="x").desc == "No persistent reservation manager with id 'x'"
     assert "x-check-cache-dropped" in error_of(filename=str(image), x_check_cache_dropped=True).desc
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from typing import Any
 
 import pytest
 
-from pyqsd.block.driver import FUA, MAY_UNMAP
+from pyqsd.block.driver import FUA, MAY_UNMAP, NO_FALLBACK
 from pyqsd.block.extents import DATA, ZERO
 from pyqsd.qapi.errors import Error
 from tests.drivers.opening import add, graph, read, run, use, write
@@ -60,7 +61,10 @@ def test_forgets_what_is_written(read_zeroes: bool) -> None:
             # Never what the buffer held before, which may be somebody else's.
             assert await read(user, 0, 65536) == bytes(65536)
             (n, flags, _, _), _ = await user.block_status_above(None, 0, 65536)
-            assert n == 65536 and bool(flags & ZERO) == read_zeroes and bool(flags & DATA) != read_zeroes
+            assert n == 65536 and bool(flags & ZERO) == read_zeroes and not flags & DATA
+            with pytest.raises(OSError) as caught:
+                await user.pwrite_zeroes(0, 4096, NO_FALLBACK)
+            assert caught.value.errno == errno.ENOTSUP
             with pytest.raises(OSError):
                 await read(user, 65536, 1)
 
