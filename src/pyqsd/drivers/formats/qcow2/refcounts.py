@@ -201,6 +201,7 @@ class Refcounts:
         #: No cluster below this one is free.
         self.hint = 0
         self._dirty: set[Block] = set()
+        self._loading: dict[int, asyncio.Future[None]] = {}
         self._new_entries: set[int] = set()
         #: The table has outgrown its place on disk: (offset, clusters) of the new one, or None.
         self._moving: tuple[int, int] | None = None
@@ -229,25 +230,34 @@ class Refcounts:
 
     async def load(self, index: int, evict: bool = True) -> Block | None:
         """The block `index`, from disk if need be; None if there is none. Raises OSError."""
-        block = self.blocks.get(index)
-        if block is not None:
-            block.used = True
-            return block
+        while True:
+            block = self.blocks.get(index)
+            if block is not None:
+                block.used = True
+                return block
+            waiting = self._loading.get(index)
+            if waiting is None:
+                break
+            # Read once only: a second read may have begun before changes that were written back since.
+            await asyncio.shield(waiting)
         offset = self.table[index] & REFTABLE_MASK if index < len(self.table) else 0
         if not offset:
             return None
         image = self.image
         if offset & image.cluster_mask:
             raise image.corrupt(f"Refblock offset {offset:#x} unaligned (reftable index: {headers.hexed(index)})")
-        if evict:
-            await self.make_room()
-        data = await image.file.pread(offset, image.cluster_size)
-        again = self.blocks.get(index)
-        if again is not None:
-            return again
-        block = Block(offset, new_counts(self.order, self.block_entries, data))
-        self.blocks[index] = block
-        return block
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._loading[index] = done
+        try:
+            if evict:
+                await self.make_room()
+            data = await image.file.pread(offset, image.cluster_size)
+            block = Block(offset, new_counts(self.order, self.block_entries, data))
+            self.blocks[index] = block
+            return block
+        finally:
+            del self._loading[index]
+            done.set_result(None)
 
     async def make_room(self) -> None:
         """Evict blocks until there is room for one more. Raises OSError."""
@@ -574,6 +584,7 @@ class Refcounts:
     async def _write_entries(self, entries: set[int]) -> None:
         image = self.image
         done: set[int] = set()
+        on_disk = image.header.reftable_clusters << image.cluster_bits >> 3
         for index in sorted(entries):
             page = index * 8 // _WRITE_ALIGN
             if page in done:
@@ -581,7 +592,8 @@ class Refcounts:
             done.add(page)
             start = page * _WRITE_ALIGN // 8
             # Entries of blocks that were added meanwhile are not on disk yet, so they must not be in this write.
-            piece = self.table[start : start + _WRITE_ALIGN // 8]
+            # The table in memory may have outgrown the one on disk since this round began.
+            piece = self.table[start : min(start + _WRITE_ALIGN // 8, on_disk)]
             for later in self._new_entries:
                 if start <= later < start + len(piece):
                     piece[later - start] = 0
