@@ -64,7 +64,7 @@ _TURN_ROUNDS: Final = 32
 _SOCKET_BUFFER: Final = 4 << 20
 _IOV: Final = 64
 #: Nanoseconds to look out for the next request before the event loop goes to sleep.
-_LINGER: Final = 30_000 if len(os.sched_getaffinity(0)) > 1 else 0
+_LINGER: Final = 50_000 if len(os.sched_getaffinity(0)) > 1 else 0
 
 _READ: Final = p.CMD_READ
 _WRITE: Final = p.CMD_WRITE
@@ -149,6 +149,7 @@ class Connection:
         poll.register(self._fd, select.POLLIN)
         self._poll = poll.poll
         self._pending: set[_Request] = set()
+        self._tools: tuple[Any, ...] = ()
         #: Reads that are not tried without waiting, because that was in vain the last times.
         self._cold = 0
         self._misses = 0
@@ -293,6 +294,7 @@ class Connection:
         rest = handshake.rest()
         self._rx.data[: len(rest)] = rest
         self._rx_end = len(rest)
+        self._tools = self._make_tools(self.export)
         self.export.joined(self)
         if trace.NBD_NEGOTIATE_SUCCESS.enabled:
             trace.NBD_NEGOTIATE_SUCCESS()
@@ -300,6 +302,33 @@ class Connection:
             self._schedule_turn()
         if self.export.paused:
             self._unwatch()
+
+    def _make_tools(self, export: NbdExport) -> tuple[Any, ...]:
+        """What `_serve_batch` uses, looked up once."""
+        backend = export.backend
+        if self.mode == p.EXTENDED:
+            request, magic, data, done = (
+                p.EXTENDED_REQUEST,
+                p.EXTENDED_REQUEST_MAGIC,
+                p.EXTENDED_DATA_CHUNK,
+                p.EXTENDED_CHUNK,
+            )
+        else:
+            request, magic, done = p.REQUEST, p.REQUEST_MAGIC, p.SIMPLE_REPLY
+            data = p.DATA_CHUNK if self.mode else p.SIMPLE_REPLY
+        return (
+            request.unpack_from,
+            request.size,
+            magic,
+            data.size,
+            p.CMD_FLAG_PAYLOAD_LEN if self.mode == p.EXTENDED else 0,
+            _HOLE if self.mode else _SHARED_READ + 1,
+            backend.read_now,
+            backend.write_now,
+            backend.reads_as_zeroes_now,
+            data.pack_into,
+            done.pack_into,
+        )
 
     # --- receiving --------------------------------------------------------------------------------------------------
 
@@ -422,31 +451,12 @@ class Connection:
     def _serve_batch(self) -> None:
         export = self.export
         assert export is not None
-        backend = export.backend
-        read_now = backend.read_now
-        write_now = backend.write_now
-        holes = backend.reads_as_zeroes_now
+        unpack, header_size, wanted, data_head, write_flags, hole, read_now, write_now, holes, pack_data, pack_done = (
+            self._tools
+        )
         size = export.size
-        fast_write = export.writable and not export.writethrough
+        fast_write = export.fast_write
         mode = self.mode
-        hole = _HOLE if mode else _SHARED_READ + 1
-        if mode == p.EXTENDED:
-            unpack, header_size, wanted = (
-                p.EXTENDED_REQUEST.unpack_from,
-                p.EXTENDED_REQUEST.size,
-                p.EXTENDED_REQUEST_MAGIC,
-            )
-            data_head = p.EXTENDED_DATA_CHUNK.size
-            write_flags = p.CMD_FLAG_PAYLOAD_LEN
-        else:
-            unpack, header_size, wanted = p.REQUEST.unpack_from, p.REQUEST.size, p.REQUEST_MAGIC
-            data_head = p.DATA_CHUNK.size if mode else p.SIMPLE_REPLY.size
-            write_flags = 0
-        pack_simple = p.SIMPLE_REPLY.pack_into
-        pack_chunk = p.DATA_CHUNK.pack_into
-        pack_extended = p.EXTENDED_DATA_CHUNK.pack_into
-        pack_none = p.EXTENDED_CHUNK.pack_into
-
         rx = self._rx.data
         position, end = self._rx_start, self._rx_end
         if self._skip and position < end:
@@ -460,7 +470,7 @@ class Connection:
         filled = 0
         left = _TURN_REQUESTS
         cold, misses = self._cold, self._misses
-        if end - position >= header_size and self._blocked():
+        if (self._requests or self._out_bytes or export.paused) and end - position >= header_size and self._blocked():
             self._stalled = True
             left = 0
         while end - position >= header_size and left and not self._ending:
@@ -500,11 +510,11 @@ class Connection:
                 if done:
                     misses = 0
                     if mode == 1:
-                        pack_chunk(tx, filled, 0x668E33EF, 1, 1, cookie, length + 8, offset)
+                        pack_data(tx, filled, 0x668E33EF, 1, 1, cookie, length + 8, offset)
                     elif mode == 0:
-                        pack_simple(tx, filled, 0x67446698, 0, cookie)
+                        pack_data(tx, filled, 0x67446698, 0, cookie)
                     else:
-                        pack_extended(tx, filled, 0x6E8A278C, 1, 1, cookie, offset, length + 8, offset)
+                        pack_data(tx, filled, 0x6E8A278C, 1, 1, cookie, offset, length + 8, offset)
                     filled = stop
                     position += header_size
                     continue
@@ -514,7 +524,8 @@ class Connection:
                         cold = _COLD
                 position += header_size
                 buffer = POOL.get(length)
-                self._run(_READ, cookie, offset, length, buffer, backend.preadv(offset, length, [buffer.data[:length]]))
+                coro = export.backend.preadv(offset, length, [buffer.data[:length]])
+                self._run(_READ, cookie, offset, length, buffer, coro)
                 if self._blocked():
                     self._stalled = True
                     break
@@ -535,10 +546,10 @@ class Connection:
                     done = False
                 if done:
                     if mode != 2:
-                        pack_simple(tx, filled, 0x67446698, 0, cookie)
+                        pack_done(tx, filled, 0x67446698, 0, cookie)
                         filled += 16
                     else:
-                        pack_none(tx, filled, 0x6E8A278C, 1, 0, cookie, offset, 0)
+                        pack_done(tx, filled, 0x6E8A278C, 1, 0, cookie, offset, 0)
                         filled += 32
                     position = at + length
                     continue

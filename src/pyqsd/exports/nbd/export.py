@@ -46,6 +46,8 @@ class NbdExport(Export):
         self.description = options.description
         self.allocation_depth = bool(options.allocation_depth)
         self.writethrough = bool(options.writethrough)
+        #: Writes without FUA need not be durable when they are answered.
+        self.fast_write = self.writable and not self.writethrough
         self.bitmaps: list[DirtyBitmap] = []
         self.size = 0
         self.flags = 0
