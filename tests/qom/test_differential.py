@@ -184,7 +184,87 @@ def test_objects(tmp_path: Path) -> None:
     compare(OBJECTS, tmp_path)
 
 
+def limits(**values: int) -> dict[str, int]:
+    return {name.replace("_", "-"): value for name, value in values.items()}
+
+
+GROUPS: list[dict[str, Any]] = [
+    {},
+    *(
+        {"limits": limits(**values)}
+        for values in (
+            {},
+            {"iops_total": 100},
+            {"iops_total": 100, "iops_read": 5},
+            {"bps_total": 100, "bps_write": 5},
+            {"bps_total": 100, "iops_write": 5},
+            {"bps_total": -1},
+            {"bps_total": 10**15},
+            {"bps_total": 10**15 + 1},
+            {"iops_size": 4096},
+            {"iops_size": 4096, "bps_total": 5},
+            {"iops_size": 4096, "iops_total_max": 5},
+            {"iops_size": 4096, "iops_read": 5},
+            {"iops_size": -1, "iops_read": 5},
+            {"iops_total_max": 10},
+            {"iops_total": 10, "iops_total_max": 5},
+            {"iops_total": 10, "iops_total_max": 50, "iops_total_max_length": 60},
+            {"iops_total": 10, "iops_total_max": 50, "iops_total_max_length": 0},
+            {"iops_total": 10, "iops_total_max_length": 5},
+            {"iops_total": 10, "iops_total_max": 50, "iops_total_max_length": 1 << 32},
+            {"iops_total": 10, "iops_total_max": 50, "iops_total_max_length": (1 << 32) - 1},
+            {"iops_total": 1, "iops_total_max": 10**15, "iops_total_max_length": 2},
+            {"iops_total": 1, "iops_total_max": 10**15, "iops_total_max_length": 1},
+            {"iops_total": 7, "iops_total_max": 6, "iops_total_max_length": 0},
+            {"bps_total": 7, "bps_total_max": 6, "iops_total_max": 5},
+            {"bps_read": 10, "bps_write": 20, "bps_read_max": 100},
+            {"bps_read": 10, "bps_total_max": 100},
+            {"iops_total_max": 7, "iops_read_max": 6},
+            {"iops_total": 6, "iops_read_max": 6},
+            {"foo": 1},
+        )
+    ),
+    {"limits": {"iops-total": "1"}},
+    {"limits": 5},
+    {"x-iops-total": 100},
+    {"x-iops-total": 100, "limits": {"iops-read": 5}},
+    {"x-iops-total": 100, "limits": {"bps-read": 5}},
+    {"x-iops-total": -5},
+    {"x-iops-size": -5},
+    {"x-iops-total-max-length": 0},
+    {"x-iops-total-max-length": -1},
+    {"x-iops-total-max-length": 1 << 32},
+    {"x-bps-total": 1000, "x-bps-total-max": 2000, "x-bps-total-max-length": 3, "x-iops-write": 5, "x-iops-size": 5},
+]
+
+
+def test_throttle_groups(tmp_path: Path) -> None:
+    steps: list[Any] = []
+    for members in GROUPS:
+        steps += [add("throttle-group", **members), *get("a", "limits"), cmd("object-del", id="a")]
+    steps += [add("throttle-group", limits=limits(iops_total=10)), *listed("a")]
+    for value in (
+        limits(bps_total=5),
+        limits(iops_total=5, iops_total_max=50),
+        limits(iops_total_max=60),
+        limits(iops_read=5),
+        limits(iops_total=0),
+        limits(iops_total=0, iops_total_max=0),
+        {"foo": 1},
+        {"iops-total": "x"},
+        5,
+    ):
+        steps += [*put("a", limits=value), *get("a", "limits", "x-iops-total", "x-iops-total-max-length", "iops-total")]
+    steps += [cmd("qom-set", path="a", property="x-iops-total", value=value) for value in (5, -5, "x")]
+    steps.append(cmd("qom-list-properties", typename="throttle-group"))
+    compare(Session("throttle groups", steps), tmp_path)
+
+
 MISTAKES = [
+    "throttle-group,id=x,limits.iops-total=1k",
+    "throttle-group,id=x,x-iops-total=abc",
+    "throttle-group,id=x,limits.iops-total=1,limits.iops-read=1",
+    "throttle-group,help",
     "secret,id=x,data=a,nosuch=1",
     "secret,id=,data=a",
     "authz-list-file,id=x",

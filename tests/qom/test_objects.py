@@ -477,7 +477,7 @@ def test_types() -> None:
         async def names(**members: Any) -> list[str]:
             return [info.name for info in await commands.qom_list_types(**members)]
 
-        creatable = ["authz-list", "authz-list-file", "authz-simple", "secret", "secret_keyring"]
+        creatable = ["authz-list", "authz-list-file", "authz-simple", "secret", "secret_keyring", "throttle-group"]
         assert await names(implements="user-creatable") == creatable
         assert await names(implements="user-creatable", abstract=True) == sorted(
             [*creatable, "secret_common", "user-creatable"]
@@ -503,11 +503,12 @@ def test_types() -> None:
 
 
 def test_registry() -> None:
-    assert set(registry.object_tags()) == {"authz-list", "authz-listfile", "authz-simple", "secret", "secret_keyring"}
+    expected = {"authz-list", "authz-listfile", "authz-simple", "secret", "secret_keyring", "throttle-group"}
+    assert set(registry.object_tags()) == expected
     for tag in registry.object_tags():
         cls = registry.object_class(tag)
         assert cls.Options.__struct_config__.tag == tag
-        assert type_table()[cls.type_name].parent == cls.parents[0][0]
+        assert type_table()[cls.type_name].parent == (cls.parents[0][0] if cls.parents else "object")
         # Every property is a member of the options, and the other way round.
         members = set(cls.Options.__struct_encode_fields__) - {"id"}
         assert {prop.name for prop in cls.properties} == members
@@ -522,6 +523,7 @@ def test_help() -> None:
         "  authz-simple",
         "  secret",
         "  secret_keyring",
+        "  throttle-group",
     ]
     assert help_for("nosuch") == help_for("user-creatable") == listing
     assert help_for("authz-list") == "authz-list options:\n  policy=<QAuthZListPolicy>\n  rules=<QAuthZListRule>\n"

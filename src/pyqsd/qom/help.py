@@ -13,5 +13,5 @@ def help_text(type_name: str | None) -> str:
         return "\n".join(["List of user creatable objects:", *names]) + "\n"
     if not info.settable or not info.properties:
         return f"There are no options for {info.name}.\n"
-    lines = [f"  {name}=<{typ}>" for name, typ in sorted(info.properties)]
+    lines = sorted(f"  {name}=<{typ}>" for name, typ in info.properties)
     return "\n".join([f"{info.name} options:", *lines]) + "\n"
