@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -294,5 +296,35 @@ def test_error_in_a_callback_stops_nobody_else() -> None:
         await done.ended.wait()
         assert done.outcomes == [(None, None)]
         assert [str(report["exception"]) for report in reports] == ["a mistake"]
+
+    with_engine(main)
+
+
+def test_ended_requests_are_no_garbage() -> None:
+    """They are gone at once, not when the collector comes: there are very many of them."""
+
+    class Owner:
+        running: Running | None = None
+        ended: asyncio.Event
+
+        def done(self, value: Any, exc: BaseException | None) -> None:
+            self.ended.set()
+
+    async def main(engine: Engine) -> None:
+        async def work() -> None:
+            await engine.call(os.getpid)
+
+        gc.disable()
+        try:
+            owner = Owner()
+            owner.ended = ended = asyncio.Event()
+            owner.running = start_io(work(), owner.done)
+            alive = weakref.ref(owner)
+            del owner
+            await ended.wait()
+            await asyncio.sleep(0)
+            assert alive() is None
+        finally:
+            gc.enable()
 
     with_engine(main)

@@ -130,15 +130,21 @@ class Running:
             self._wait(waiting_for)
 
     def _end(self, result: Any, exc: BaseException | None) -> None:
+        # Whoever `done` belongs to usually has this one too: a ring that only the garbage collector would break.
+        done, self._done = self._done, _nobody
         try:
             if self.on_end is not None:
                 self.on_end(self)
-            self._done(result, exc)
+            done(result, exc)
         except Exception as error:
             # As in a task's callback: the caller is the engine, which has others to wake.
             asyncio.get_running_loop().call_exception_handler(
                 {"message": "Exception in the callback of a request", "exception": error}
             )
+
+
+def _nobody(result: Any, exc: BaseException | None) -> None:
+    """Has been called already."""
 
 
 def start_io(coro: Coroutine[Any, Any, T], done: Callable[[T | None, BaseException | None], None]) -> Running | None:

@@ -243,10 +243,18 @@ class UringEngine(Engine):
     def _reap(self) -> None:
         for operation, result in self._take():
             operation.iovec = None
-            if result == operation.length and operation.kind <= _WRITE:
-                operation.finish()
-            else:
+            if result != operation.length or operation.kind > _WRITE:
                 self._go_on(operation, result)
+                continue
+            # As `finish`, of which this is by far the most frequent case.
+            operation.done_ = True
+            callback = operation._callback
+            if callback is not None:
+                operation._callback = None
+                if operation._context is None:
+                    callback(operation)
+                else:
+                    operation._context.run(callback, operation)
         while self._backlog and self._free:
             operation = self._backlog.popleft()
             if operation.cancelled_:

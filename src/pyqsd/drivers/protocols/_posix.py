@@ -78,16 +78,18 @@ class _File:
     def retire(self) -> None:
         """Close it as soon as its last request has ended."""
         self.retired = True
-        if not self.users:
-            self._close()
+        self.close_if_unused()
 
     def release(self) -> None:
         """A request has ended."""
         self.users -= 1
-        if self.retired and not self.users:
-            self._close()
+        if self.retired:
+            self.close_if_unused()
 
-    def _close(self) -> None:
+    def close_if_unused(self) -> None:
+        """The last request on a retired file may have ended."""
+        if self.users:
+            return
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -529,9 +531,11 @@ class PosixDriver(Driver):
         file = self._file
         file.users += 1
         try:
-            await self.engine.preadv(file.fd, iov, offset, length)
+            await (self._engine or self.engine).preadv(file.fd, iov, offset, length)
         finally:
-            file.release()
+            file.users -= 1
+            if file.retired:
+                file.close_if_unused()
 
     async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
         if flags & FUA and self._flush_error:
