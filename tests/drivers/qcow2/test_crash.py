@@ -154,6 +154,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     "64k": ({}, {}, 4 << 20, 200_704),
     "v2": ({"version": 2, "cluster_size": 4096}, {}, 2 << 20, 65_536),
     "lazy": ({"lazy_refcounts": True, "cluster_size": 4096}, {}, 2 << 20, 65_536),
+    "extended": ({"cluster_size": 16384, "extended_l2": True}, {}, 4 << 20, 65_536),
     "tiny-caches": (
         {"cluster_size": 1024},
         {"l2_cache_size": 2048, "l2_cache_entry_size": 512, "refcount_cache_size": 4096},

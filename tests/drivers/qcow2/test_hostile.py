@@ -218,7 +218,7 @@ def test_unaligned_table() -> None:
     table = int.from_bytes(image[at : at + 8], "big") & 0x00FFFFFFFFFFFE00
     events, after, number = _find(bytes(image), False, "read")
     assert number == 5
-    assert [event.msg for event in events] == [f"L2 table offset {table:#x} unaligned (L1 index: 0x0)"]
+    assert [event.msg for event in events] == [f"L2 table offset {table:#x} unaligned (L1 index: 0)"]
     assert after[79] & headers.INCOMPAT_CORRUPT
 
 
@@ -294,7 +294,7 @@ def test_unaligned_refcount_block() -> None:
     offset = int.from_bytes(image[at : at + 8], "big")
     events, _, number = _find(bytes(image), False, "allocate")
     assert number == 5
-    assert [event.msg for event in events] == [f"Refblock offset {offset:#x} unaligned (reftable index: 0x0)"]
+    assert [event.msg for event in events] == [f"Refblock offset {offset:#x} unaligned (reftable index: 0)"]
 
 
 # --- compressed data ------------------------------------------------------------------------------------------------

@@ -42,7 +42,9 @@ def crashed(**how: Any) -> bytes:
     return run(main())
 
 
-@pytest.mark.parametrize("how", [{"cluster_size": 512}, {"cluster_size": 4096, "refcount_bits": 1}, {}])
+@pytest.mark.parametrize(
+    "how", [{"cluster_size": 512}, {"cluster_size": 4096, "refcount_bits": 1}, {}, {"extended_l2": True}]
+)
 def test_dirty_image_is_repaired(tmp_path: Path, how: dict[str, Any]) -> None:
     path = tmp_path / "disk"
     path.write_bytes(crashed(**how))

@@ -62,7 +62,7 @@ def header_cases(v3: bytes, v2: bytes) -> list[Case]:
         (48, 8, "refcount_table_offset", (0, 1, 512, 65537, 1 << 40, 1 << 63, -65536)),
         (56, 4, "refcount_table_clusters", (0, 16, 127, 128, 129, -1)),
         (60, 4, "nb_snapshots", (1, 65536, 65537, -1)),
-        (72, 8, "incompatible", (2, 8, 1 << 5, 1 << 63, 1 << 6 | 1 << 7, 2 | 1 << 40)),
+        (72, 8, "incompatible", (2, 8, 16, 1 << 5, 1 << 63, 1 << 6 | 1 << 7, 2 | 1 << 40)),
         (88, 8, "autoclear", (1, 2, 1 << 20)),
         (96, 4, "refcount_order", (0, 6, 7, 64, -1)),
         (100, 4, "header_length", (0, 72, 103, 105, 112, 120, 65536, 65540, 65544, -1)),
@@ -278,6 +278,7 @@ def test_bitmaps_become_inconsistent_with_the_first_write(tmp_path: Path) -> Non
         {"cluster_size": 2 * MiB},
         {"lazy_refcounts": True},
         {"compression_type": headers.COMPRESSION_ZSTD},
+        {"extended_l2": True, "cluster_size": 16384},
     ],
 )
 @pytest.mark.parametrize("size", [0, 512, 10 * MiB + 1536, 900 * MiB])
@@ -318,6 +319,8 @@ def test_created_overlay(tmp_path: Path) -> None:
             "Lazy refcounts only supported with compatibility level 1.1 and above",
         ),
         ({"cluster_size": 512, "size": 1 << 40}, "The image size is too large"),
+        ({"extended_l2": True, "cluster_size": 8192}, "Extended L2 entries are only supported with cluster sizes of"),
+        ({"extended_l2": True, "version": 2}, "Extended L2 entries are only supported with compatibility level 1.1"),
         ({"size": 1000}, "Image size must be a multiple of 512 bytes"),
     ],
 )

@@ -14,7 +14,9 @@ from tests.support import images
 MiB = 1 << 20
 
 
-@pytest.mark.parametrize("options", ["", "cluster_size=512", "cluster_size=512,refcount_bits=64", "compat=0.10"])
+@pytest.mark.parametrize(
+    "options", ["", "cluster_size=512", "cluster_size=512,refcount_bits=64", "compat=0.10", "extended_l2=on"]
+)
 def test_grow_and_shrink(tmp_path: Path, options: str) -> None:
     path = images.create(tmp_path / "disk", MiB, options=options)
 
@@ -74,7 +76,7 @@ def test_what_was_cut_off_does_not_come_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
-@pytest.mark.parametrize("options", ["", "cluster_size=4k", "compat=0.10"])
+@pytest.mark.parametrize("options", ["", "cluster_size=4k", "compat=0.10", "extended_l2=on,cluster_size=16k"])
 def test_preallocation(tmp_path: Path, mode: str, options: str) -> None:
     path = images.create(tmp_path / "disk", MiB + 4096, options=options)
     images.io(path, "write -P 9 0 1028k")

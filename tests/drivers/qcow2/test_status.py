@@ -73,6 +73,10 @@ IMAGES = {
     "v2": ("compat=0.10", ["write -P 1 0 1M", "discard 64k 64k", "write -P 3 7M 1M"]),
     "metadata": ("preallocation=metadata", ["write -P 1 1M 64k", "write -z 3M 64k"]),
     "falloc": ("preallocation=falloc", ["write -P 1 1M 64k"]),
+    "extended": (
+        "extended_l2=on,cluster_size=32k",
+        ["write -P 1 0 1M", "write -P 2 3M 100", "write -z 16k 3k", "discard 128k 64k", "write -P 2 7M 4k"],
+    ),
     "compressed": ("", ["write -c -P 1 0 64k", "write -c -P 2 64k 64k", "write -P 4 192k 64k"]),
 }
 
@@ -101,7 +105,19 @@ def test_map(tmp_path: Path, name: str) -> None:
         async with opened(path, read_only=True) as node:
             return await mapping(node)
 
-    assert _normal(run(main())) == _normal(expected(path))
+    theirs = expected(path)
+    if name == "extended":
+        # QEMU also tells where subclusters would be that are not stored.
+        for entry in theirs:
+            if entry["zero"] and not entry["data"] and "offset" in entry:
+                del entry["offset"]
+        ours = run(main())
+        for entry in ours:
+            if entry["zero"] and not entry["data"]:
+                entry.pop("offset", None)
+        assert _normal(ours) == _normal(theirs)
+    else:
+        assert _normal(run(main())) == _normal(theirs)
 
 
 def test_map_of_chain(tmp_path: Path) -> None:
@@ -119,7 +135,7 @@ def test_map_of_chain(tmp_path: Path) -> None:
     assert _normal(run(main())) == _normal(expected(top))
 
 
-@pytest.mark.parametrize("name", ["plain", "4k", "v2", "metadata", "compressed"])
+@pytest.mark.parametrize("name", ["plain", "4k", "v2", "metadata", "compressed", "extended"])
 @pytest.mark.parametrize("backing", [False, True])
 def test_same_requests_leave_the_same_map(tmp_path: Path, name: str, backing: bool) -> None:
     """Zero writes and discards do to the tables what QEMU does to them."""
@@ -187,6 +203,7 @@ def _query(path: Path, **options: Any) -> dict[str, Any]:
         "lazy_refcounts=on,refcount_bits=64",
         "compression_type=zstd,cluster_size=1M",
         "refcount_bits=1",
+        "extended_l2=on",
         "snapshots",
         "bitmaps",
     ],

@@ -33,6 +33,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "discard-passed": ("cluster_size=4k", {"pass_discard_other": True}, 16 * MiB),
     "metadata": ("preallocation=metadata", {}, 16 * MiB),
     "full": ("preallocation=falloc,cluster_size=16k", {}, 8 * MiB),
+    "extended": ("extended_l2=on", {}, 16 * MiB),
+    "extended-16k": ("extended_l2=on,cluster_size=16k", {"l2_cache_entry_size": 512, "l2_cache_size": 32768}, 8 * MiB),
+    "extended-2m": ("extended_l2=on,cluster_size=2M,lazy_refcounts=on", {}, 64 * MiB),
+    "extended-metadata": ("extended_l2=on,preallocation=metadata", {}, 8 * MiB),
+    "extended-no-unref": ("extended_l2=on,cluster_size=16k", {"discard_no_unref": True}, 8 * MiB),
     "all-checks": ("cluster_size=1k", {"overlap_check": "all"}, 4 * MiB),
     "no-checks": ("cluster_size=1k", {"overlap_check": "none"}, 4 * MiB),
 }
@@ -60,20 +65,20 @@ def test_workload(tmp_path: Path, name: str, lanes: int) -> None:
     assert images.read_all(path, "qcow2", tmp_path / "raw") == content
 
 
-@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+@pytest.mark.parametrize("options", ["compat=0.10", "compat=1.1", "extended_l2=on", "extended_l2=on,cluster_size=16k"])
 @pytest.mark.parametrize("lanes", [1, 5])
-def test_overlay(tmp_path: Path, compat: str, lanes: int) -> None:
+def test_overlay(tmp_path: Path, options: str, lanes: int) -> None:
     """Copy-on-write from a backing file that is a little shorter than the disk."""
     size = 6 * MiB
     base = images.create(tmp_path / "base", size - 100 * 512)
     images.io(base, "write -P 17 0 2M", "write -P 18 4M 1M", "write -z 3M 64k", f"write -P 19 {size - 65536} 14336")
-    path = images.create(tmp_path / "disk", size, options=f"compat={compat}", backing=base)
+    path = images.create(tmp_path / "disk", size, options=options, backing=base)
     before = images.read_all(path, "qcow2", tmp_path / "raw")
 
     async def main() -> bytearray:
         async with opened(path) as node:
             assert node.driver.backing is not None
-            model = Model(node, lanes, v2=compat == "0.10", initial=before)
+            model = Model(node, lanes, v2=options == "compat=0.10", initial=before)
             await model.workload(300, lanes, 200_000)
             await model.verify()
         return model.content
@@ -83,7 +88,9 @@ def test_overlay(tmp_path: Path, compat: str, lanes: int) -> None:
     assert images.read_all(path, "qcow2", tmp_path / "raw") == content
 
 
-@pytest.mark.parametrize("options", ["", "cluster_size=512", "compression_type=zstd", "cluster_size=2M"])
+@pytest.mark.parametrize(
+    "options", ["", "cluster_size=512", "compression_type=zstd", "cluster_size=2M", "extended_l2=on"]
+)
 def test_compressed(tmp_path: Path, options: str) -> None:
     """Compressed clusters are read, and overwritten without harm to their neighbours."""
     size = 4 * MiB
@@ -107,10 +114,11 @@ def test_compressed(tmp_path: Path, options: str) -> None:
     assert images.read_all(path, "qcow2", tmp_path / "raw") == content
 
 
-def test_internal_snapshot(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["cluster_size=4k", "cluster_size=16k,extended_l2=on"])
+def test_internal_snapshot(tmp_path: Path, options: str) -> None:
     """Writes leave a snapshot as it was."""
     size = 6 * MiB
-    path = images.create(tmp_path / "disk", size, options="cluster_size=4k")
+    path = images.create(tmp_path / "disk", size, options=options)
     images.io(path, "write -P 1 0 3M", "write -z 1M 256k")
     images.peers.run("qemu-img", "snapshot", "-c", "one", path)
     before = images.read_all(path, "qcow2", tmp_path / "raw")

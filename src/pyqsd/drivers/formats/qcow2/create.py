@@ -23,6 +23,7 @@ def empty_image(
     backing_format: str | None = None,
     lazy_refcounts: bool = False,
     compression_type: int = headers.COMPRESSION_ZLIB,
+    extended_l2: bool = False,
 ) -> bytes:
     """The content of a new image file for an empty disk of `size` bytes (a multiple of 512). Raises Error.
 
@@ -53,11 +54,19 @@ def empty_image(
             "greater)",
             errno.EINVAL,
         )
+    if extended_l2 and version < 3:
+        raise Error(
+            "Extended L2 entries are only supported with compatibility level 1.1 and above (use version=v3 or greater)",
+            errno.EINVAL,
+        )
+    if extended_l2 and bits < 14:
+        raise Error("Extended L2 entries are only supported with cluster sizes of at least 16384 bytes", errno.EINVAL)
     if backing_format is not None and backing_file is None:
         raise Error("Backing format cannot be used without backing file", errno.EINVAL)
     if backing_file is not None and len(headers.os_encode(backing_file)) > headers.MAX_BACKING_NAME:
         raise Error("Backing file name too long", errno.EINVAL)
-    l1_entries = (size + (1 << (2 * bits - 3)) - 1) >> (2 * bits - 3)
+    table_bits = 2 * bits - (4 if extended_l2 else 3)
+    l1_entries = (size + (1 << table_bits) - 1) >> table_bits
     if l1_entries * 8 > headers.MAX_L1_BYTES:
         raise Error("The image size is too large (try using a larger cluster size)", errno.EFBIG)
     l1_clusters = (l1_entries * 8 + cluster_size - 1) >> bits
@@ -85,7 +94,8 @@ def empty_image(
         nb_snapshots=0,
         snapshots_offset=0,
         compatible=headers.COMPAT_LAZY_REFCOUNTS if lazy_refcounts else 0,
-        incompatible=headers.INCOMPAT_COMPRESSION if compression_type else 0,
+        incompatible=(headers.INCOMPAT_COMPRESSION if compression_type else 0)
+        | (headers.INCOMPAT_EXTENDED_L2 if extended_l2 else 0),
         refcount_order=order,
         compression_type=compression_type,
         backing_file=backing_file,

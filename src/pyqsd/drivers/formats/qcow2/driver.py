@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pyqsd.block import iov as iovs
 from pyqsd.block.driver import MAY_UNMAP, NO_FALLBACK, ROLE_COW, ROLE_IMAGE, Driver, Limits
 from pyqsd.block.extents import ALLOCATED, COMPRESSED, DATA, DRIVER, OFFSET_VALID, RECURSE, ZERO, Extent
+from pyqsd.drivers.formats.qcow2 import extended, info, opening, tables
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2 import info, opening, tables
 from pyqsd.drivers.formats.qcow2.compression import Unpacked
 from pyqsd.drivers.formats.qcow2.options import Options
 from pyqsd.drivers.formats.qcow2.options import settings as make_settings
@@ -109,7 +109,13 @@ class Qcow2(Driver):
         self.image = image
         l2 = image.l2
         self._unpacked = Unpacked(image)
-        self._writer = Writer(image, self._unpacked)
+        if image.extended:
+            self._writer = extended.ExtendedWriter(image, self._unpacked)
+            # The usual ones are for one word an entry, and fast.
+            setattr(self, "map", self._map_extended)  # noqa: B010
+            setattr(self, "map_write", self._map_write_extended)  # noqa: B010
+        else:
+            self._writer = Writer(image, self._unpacked)
         self._unmapper = Unmapper(image, self._writer)
         image.forget_slice = self._forget_slice
         image.forget_all = self._forget_all
@@ -200,7 +206,7 @@ class Qcow2(Driver):
     # --- size -------------------------------------------------------------------------------------------------------
 
     def refresh_limits(self, limits: Limits) -> None:
-        limits.pwrite_zeroes_alignment = self._size
+        limits.pwrite_zeroes_alignment = self.image.unit_size
         limits.pdiscard_alignment = self._size
 
     def length(self) -> int:
@@ -284,6 +290,23 @@ class Qcow2(Driver):
             return (n, ZERO | ALLOCATED | OFFSET_VALID, self._file, host + within)
         return (n, ZERO | ALLOCATED, None, 0)
 
+    def _map_extended(self, offset: int, length: int) -> Extent | None:
+        """`map` with subclusters."""
+        key = offset >> self._slice_shift
+        found = self._slices.get(key)
+        if found is None:
+            return self._map_missing(key, offset, length)
+        found.used = True
+        return extended.map_entry(self.image, found, offset, length)
+
+    def _map_write_extended(self, offset: int, length: int) -> tuple[int, Node, int] | None:
+        """`map_write` with subclusters."""
+        found = self._slices.get(offset >> self._slice_shift) if self._ready else None
+        if found is None:
+            return None
+        found.used = True
+        return extended.map_write(self.image, found, offset, length)
+
     def _map_missing(self, key: int, offset: int, length: int) -> Extent | None:
         """`map` where no slice is in memory: whole tables may be known to be empty."""
         if self.image.broken:
@@ -313,9 +336,12 @@ class Qcow2(Driver):
                 self._check_entry(found, (offset >> self._bits) & self._slice_mask)
 
     def _check_entry(self, found: Slice, at: int) -> None:
-        entry = found.entries[at]
+        words = self.image.l2.words
+        entry = found.entries[at * words]
         if entry & tables.COMPRESSED:
             return
+        if words == 2 and not extended.is_valid(entry, found.entries[at * 2 + 1]):
+            raise self.image.bad_entry(found, at, "Invalid cluster entry found")
         host = entry & OFFSET_MASK
         if entry & tables.ZERO and self.image.header.version < 3:
             raise self.image.bad_entry(found, at, "Zero cluster entry found in pre-v3 image")
@@ -390,7 +416,7 @@ class Qcow2(Driver):
             part = iovs.part(iov, done, n)
             if flags & DRIVER:
                 found = image.l2.slices[(offset + done) >> self._slice_shift]
-                entry = found.entries[((offset + done) >> self._bits) & self._slice_mask]
+                entry = found.entries[(((offset + done) >> self._bits) & self._slice_mask) * image.l2.words]
                 within = (offset + done) & self._mask
                 plain = await self._unpacked.read(entry)
                 iovs.copy(part, [memoryview(plain)[within : within + n]])

@@ -44,6 +44,10 @@ class Image:
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.cluster_mask = header.cluster_size - 1
+        #: Allocation is decided in units of this size: subclusters, or whole clusters.
+        self.extended = bool(header.incompatible & headers.INCOMPAT_EXTENDED_L2)
+        self.unit_bits = header.cluster_bits - (5 if self.extended else 0)
+        self.unit_size = 1 << self.unit_bits
         self.meta = MetadataMap(settings.overlap)
         self.snapshots: list[Snapshot] = []
         #: Written since the last flush of `file`: something that must be durable before L2 entries that rely on it.

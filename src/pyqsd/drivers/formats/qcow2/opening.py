@@ -50,8 +50,6 @@ def _refuse_unsupported(node: Node, header: headers.Header, options: Options) ->
         raise Error("Encrypted qcow2 images are not supported", errno.ENOTSUP)
     if header.incompatible & headers.INCOMPAT_DATA_FILE:
         raise Error("qcow2 images with an external data file are not supported", errno.ENOTSUP)
-    if header.incompatible & headers.INCOMPAT_EXTENDED_L2:
-        raise Error("qcow2 images with extended L2 entries are not supported", errno.ENOTSUP)
     if options.data_file is not None:
         if isinstance(options.data_file, str):
             node.graph.find(options.data_file)

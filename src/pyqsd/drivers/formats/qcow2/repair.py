@@ -106,7 +106,8 @@ async def _count_l1(image: Image, references: _References, l1: array[int]) -> No
         if offset & image.cluster_mask:
             raise OSError(errno.EIO, f"L2 table offset {offset:#x} unaligned")
         references.add(offset, size)
-        for value in await opening.read_table(image.file, offset, size >> 3):
+        # With subclusters every second word is a bitmap.
+        for value in (await opening.read_table(image.file, offset, size >> 3))[:: image.l2.words]:
             if value & COMPRESSED:
                 first, count = compression.clusters(value, bits)
                 references.add(first << bits, count << bits)
@@ -153,7 +154,8 @@ async def _correct_flags(image: Image, references: _References) -> None:
             await image.file.pwrite(image.header.l1_offset + index * 8, right.to_bytes(8, "big"))
         table = await opening.read_table(image.file, offset, image.cluster_size >> 3)
         changed = False
-        for position, value in enumerate(table):
+        for position in range(0, len(table), l2.words):
+            value = table[position]
             if value & COMPRESSED:
                 new = value & ~COPIED
             elif value & OFFSET_MASK:

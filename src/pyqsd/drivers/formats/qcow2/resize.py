@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pyqsd.block.extents import DATA
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2.tables import COPIED, OFFSET_MASK
+from pyqsd.drivers.formats.qcow2.tables import ALL_ALLOCATED, COPIED, OFFSET_MASK
 from pyqsd.qapi.errors import Error, from_oserror
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode
             found = await l2.load_for_write(at << bits >> l2.slice_shift)
             index = at & (l2.slice_entries - 1)
             count = min(stop - at, l2.slice_entries - index)
-            entries = found.entries
+            entries = found.entries[:: l2.words]
             if entries[index] & OFFSET_MASK:
                 # Left over beyond the old end; it must read as zeroes now.
                 await _write_zeroes(writer, at << bits, (at + 1) << bits)
@@ -180,7 +180,9 @@ async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode
             raise error from exc
         found = await l2.load_for_write(at << bits >> l2.slice_shift)
         for position in range(got):
-            found.entries[index + position] = (first + position) << bits | COPIED
+            found.entries[(index + position) * l2.words] = (first + position) << bits | COPIED
+            if l2.words == 2:
+                found.entries[(index + position) * 2 + 1] = ALL_ALLOCATED
         l2.touched(found, index, index + got)
         image.barrier = True
         at += got

@@ -22,6 +22,9 @@ COMPRESSED = 1 << 62
 ZERO = 1 << 0
 #: The host offset in an L1 or L2 entry.
 OFFSET_MASK = 0x00FFFFFFFFFFFE00
+#: Subcluster bitmaps (extended L2 entries): all of them allocated, all of them zero.
+ALL_ALLOCATED = (1 << 32) - 1
+ALL_ZERO = ALL_ALLOCATED << 32
 
 
 class Slice:
@@ -244,6 +247,12 @@ class L2Tables:
         await self.make_room()
         cluster, _ = await image.refcounts.allocate(1)
         if not old:
+            try:
+                # So that a full disk is noticed now, by the request that needs the table, and not by a flush later.
+                await image.file.pwrite(cluster << image.header.cluster_bits, bytes(image.cluster_size))
+            except BaseException:
+                image.refcounts.release(cluster, 1)
+                raise
             self._attach(l1_index, cluster)
             return
         # The new table is the old one with every slice in memory, so that all of it is written.

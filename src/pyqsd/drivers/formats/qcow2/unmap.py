@@ -9,26 +9,28 @@ from __future__ import annotations
 import asyncio
 import errno
 from array import array
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pyqsd.block.driver import MAY_UNMAP
 from pyqsd.block.extents import DATA
 from pyqsd.block.extents import ZERO as READS_ZERO
+from pyqsd.drivers.formats.qcow2 import extended
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from pyqsd.drivers.formats.qcow2.tables import ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from pyqsd.drivers.formats.qcow2.write import InFlight
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from pyqsd.drivers.formats.qcow2.image import Image
     from pyqsd.drivers.formats.qcow2.tables import Slice
     from pyqsd.drivers.formats.qcow2.write import Writer
 
 #: After so many slices other requests have their turn.
 _STEPS = 8
-#: What to do with an entry: the new one, and whether the cluster of the old one is dropped.
-_Change = tuple[int, bool]
+#: What to do with an entry: the new words, and whether the cluster of the old one is dropped.
+_Change = tuple[int, int, bool]
+#: From the old words; None leaves it as it is. The second word is that of extended entries, else 0.
+_Changer = Callable[[int, int], _Change | None]
 
 
 class Unmapper:
@@ -43,7 +45,8 @@ class Unmapper:
         when version 2 cannot say so."""
         image = self.image
         end = offset + length
-        if not offset & image.cluster_mask and (not end & image.cluster_mask or end == image.node.length):
+        mask = image.unit_size - 1
+        if not offset & mask and (not end & mask or end == image.node.length):
             await self._zero(offset, length, flags, None)
             return
         # Nobody may write to the clusters at the edges between the look at them and the change.
@@ -70,14 +73,55 @@ class Unmapper:
         unmap = bool(flags & MAY_UNMAP)
         keep = image.settings.discard_no_unref
 
-        def change(entry: int) -> _Change:
+        def change(entry: int, bitmap: int) -> _Change:
             compressed = bool(entry & COMPRESSED)
             allocated = compressed or bool(entry & OFFSET_MASK)
-            if compressed or (unmap and allocated and not keep):
-                return ZERO, True
-            return entry | ZERO, False
+            drop = compressed or (unmap and allocated and not keep)
+            if image.extended:
+                return (0 if drop else entry), ALL_ZERO, drop
+            return (ZERO if drop else entry | ZERO), 0, drop
 
-        await self._change(offset, end, change, None, "request", own)
+        if image.extended:
+            # Parts of clusters at both ends: only their subclusters.
+            unit = image.unit_size
+            whole_start = (offset + image.cluster_mask) & ~image.cluster_mask
+            whole_end = end if end == image.node.length else end & ~image.cluster_mask
+            if offset < whole_start:
+                stop = min(whole_start, end)
+                await self._zero_units(offset & ~(unit - 1), (stop + unit - 1) & ~(unit - 1), own)
+                offset = whole_start
+            if max(whole_end, offset) < end:
+                await self._zero_units(max(whole_end, offset), (end + unit - 1) & ~(unit - 1), own)
+            end = whole_end
+        if offset < end:
+            await self._change(offset, end, change, None, "request", own)
+
+    async def _zero_units(self, offset: int, end: int, own: InFlight | None) -> None:
+        """Make subclusters of one cluster read as zeroes. Raises OSError, ENOTSUP if it is compressed."""
+        image, l2 = self.image, self.image.l2
+        first = offset >> image.cluster_bits
+        bits = extended.touched(image, offset, end)
+
+        def change(entry: int, bitmap: int) -> _Change:
+            if entry & COMPRESSED:
+                raise OSError(errno.ENOTSUP, "compressed")
+            return entry, (bitmap | bits << 32) & ~bits, False
+
+        while True:
+            image.check_usable()
+            other = self._conflict(first, first, own)
+            if other is not None:
+                await self.writer.wait_for(other)
+                continue
+            if image.settings.lazy_refcounts and not image.header.incompatible & headers.INCOMPAT_DIRTY:
+                await image.mark_dirty()
+                continue
+            key = offset >> l2.slice_shift
+            found = l2.slices.get(key)
+            if found is not None and l2.l1[key >> l2.key_bits] & COPIED:
+                break
+            await l2.load_for_write(key)
+        self._change_slice(found, first, first, change, "request")
 
     def _conflict(self, first: int, last: int, own: InFlight | None) -> InFlight | None:
         """A request in flight on the guest clusters `first` to `last`, other than our own."""
@@ -90,8 +134,9 @@ class Unmapper:
         """A part of a cluster can become a zero cluster if nothing is stored in it and the rest of it reads as zeroes
         already."""
         image = self.image
-        start = offset & ~image.cluster_mask
-        stop = min((end + image.cluster_mask) & ~image.cluster_mask, image.node.length)
+        mask = image.unit_size - 1
+        start = offset & ~mask
+        stop = min((end + mask) & ~mask, image.node.length)
         for at, until in ((start, offset), (end, stop)):
             while at < until:
                 (n, flags, _, _), _ = await image.node.block_status_above(None, at, until - at)
@@ -107,20 +152,22 @@ class Unmapper:
     async def _discard(self, offset: int, length: int, kind: str, full: bool, own: InFlight | None) -> None:
         image = self.image
         keep = image.settings.discard_no_unref and not full
-        zero_entry = ZERO if image.header.version >= 3 else 0
-        has_backing = self.image.backing is not None
+        zero_entry = ZERO if image.header.version >= 3 and not image.extended else 0
+        zero_bitmap = ALL_ZERO if image.extended else 0
+        has_backing = image.backing is not None
 
-        def change(entry: int) -> _Change | None:
+        def change(entry: int, bitmap: int) -> _Change | None:
             compressed = bool(entry & COMPRESSED)
             host = entry & OFFSET_MASK
             if full:
-                return (0, compressed or bool(host)) if entry else None
+                return (0, 0, compressed or bool(host)) if entry or bitmap else None
+            is_zero = bitmap == ALL_ZERO if image.extended else bool(entry & ZERO)
             if not compressed and not host:
                 # Plain zero, or unallocated: only what a backing file would show has to be hidden.
-                return (zero_entry, False) if not entry & ZERO and has_backing else None
+                return (zero_entry, zero_bitmap, False) if not is_zero and has_backing else None
             if compressed or not keep:
-                return zero_entry, True
-            return (entry | ZERO, False) if not entry & ZERO else None
+                return zero_entry, zero_bitmap, True
+            return (entry | zero_entry, zero_bitmap, False) if not is_zero else None
 
         await self._change(offset, offset + length, change, full, kind, own)
 
@@ -128,7 +175,7 @@ class Unmapper:
         self,
         offset: int,
         end: int,
-        change: Callable[[int], _Change | None],
+        change: _Changer,
         full: bool | None,
         kind: str,
         own: InFlight | None,
@@ -193,37 +240,44 @@ class Unmapper:
         finally:
             self.writer.finished(request)
 
-    def _change_slice(
-        self, found: Slice, first: int, last: int, change: Callable[[int], _Change | None], kind: str
-    ) -> list[int]:
+    def _change_slice(self, found: Slice, first: int, last: int, change: _Changer, kind: str) -> list[int]:
         """Change entries of one slice. Returns the host offsets of clusters that were made zero but kept."""
         image = self.image
         mask = image.l2.slice_entries - 1
         entries = found.entries
+        words = image.l2.words
         lo = hi = -1
         kept: list[int] = []
         start, stop = first & mask, (last & mask) + 1
-        if not any(entries[start:stop]):
+        if not any(entries[start * words : stop * words]):
             # All are unallocated, and become the same.
-            changed = change(0)
-            if changed is not None and changed[0]:
-                entries[start:stop] = array("Q", (changed[0],)) * (stop - start)
+            changed = change(0, 0)
+            if changed is not None and (changed[0] or changed[1]):
+                entries[start * words : stop * words] = array("Q", changed[:words]) * (stop - start)
                 image.l2.touched(found, start, stop)
             return kept
-        for index in range(first & mask, (last & mask) + 1):
-            old = entries[index]
+        for index in range(start, stop):
+            old = entries[index * words]
+            bitmap = entries[index * words + 1] if words == 2 else 0
             if not old & COMPRESSED and old & OFFSET_MASK & image.cluster_mask:
                 raise image.bad_entry(found, index, "Cluster allocation offset {host:#x} unaligned", old & OFFSET_MASK)
-            changed = change(old)
+            changed = change(old, bitmap)
             if changed is None:
                 continue
-            new, drop = changed
-            if new == old:
+            new, new_bitmap, drop = changed
+            if new == old and new_bitmap == bitmap:
                 continue
-            entries[index] = new
+            entries[index * words] = new
+            if words == 2:
+                entries[index * words + 1] = new_bitmap
             if drop:
                 self.writer.drop(old, kind)
-            elif image.settings.discard_no_unref and old & OFFSET_MASK and old & COPIED:
+            elif (
+                image.settings.discard_no_unref
+                and old & OFFSET_MASK
+                and old & COPIED
+                and not new_bitmap & ALL_ALLOCATED
+            ):
                 kept.append(old & OFFSET_MASK)
             if lo < 0:
                 lo = index

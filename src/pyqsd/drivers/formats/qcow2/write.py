@@ -33,9 +33,9 @@ _FREED_MOST = 64 << 20
 #: New refcount blocks that may be in memory beyond the size of the cache before some must go.
 _BLOCKS_MORE = 16
 
-_IN_PLACE = 1
-_REUSE = 2
-_ALLOCATE = 3
+IN_PLACE = 1
+REUSE = 2
+ALLOCATE = 3
 
 
 class InFlight:
@@ -114,7 +114,7 @@ class Writer:
             kind, host, count = self._plan(found, offset, length)
             if count > 1 and self.in_flight:
                 count = self._clip(first, count)
-            if kind == _ALLOCATE:
+            if kind == ALLOCATE:
                 if image.freed_clusters << bits > _FREED_MOST:
                     await image.write_back()
                     continue
@@ -125,12 +125,16 @@ class Writer:
                     await image.refcounts.load_missing(missing)
                     continue
                 host, count = missing
+                if image.refcounts.unreserved:
+                    image.refcounts.release(host >> bits, count)
+                    await image.refcounts.reserve()
+                    continue
             n = min(length, (count << bits) - (offset & image.cluster_mask))
             part = iov if n == length else iovs.part(iov, 0, n)
-            if kind == _IN_PLACE:
+            if kind == IN_PLACE:
                 await self._write_in_place(first, count, host + (offset & image.cluster_mask), n, part)
             else:
-                await self._write_new(found, first, count, host, offset, n, part, kind == _ALLOCATE)
+                await self._write_new(found, first, count, host, offset, n, part, kind == ALLOCATE)
             return n
 
     def _clip(self, first: int, count: int) -> int:
@@ -158,8 +162,8 @@ class Writer:
         most = min(image.l2.slice_entries, at + ((offset & image.cluster_mask) + length + image.cluster_mask >> bits))
         kind, host = self._classify(entries[at], found, at)
         end = at + 1
-        if kind == _ALLOCATE:
-            while end < most and self._classify(entries[end], found, end)[0] == _ALLOCATE:
+        if kind == ALLOCATE:
+            while end < most and self._classify(entries[end], found, end)[0] == ALLOCATE:
                 end += 1
             return kind, 0, end - at
         following = host
@@ -174,15 +178,15 @@ class Writer:
         """What a write has to do with the cluster of an L2 entry, and the host offset where that matters."""
         image = self.image
         if entry & COMPRESSED:
-            return _ALLOCATE, 0
+            return ALLOCATE, 0
         host = entry & OFFSET_MASK
         if host & image.cluster_mask:
             raise image.bad_entry(found, index, "Cluster allocation offset {host:#x} unaligned", host)
         if entry & ZERO and image.header.version < 3:
             raise image.bad_entry(found, index, "Zero cluster entry found in pre-v3 image", host)
         if entry & COPIED and host:
-            return (_REUSE, host) if entry & ZERO else (_IN_PLACE, host)
-        return _ALLOCATE, 0
+            return (REUSE, host) if entry & ZERO else (IN_PLACE, host)
+        return ALLOCATE, 0
 
     # --- in place ----------------------------------------------------------------------------------------------------
 
@@ -222,14 +226,14 @@ class Writer:
             if not allocated:
                 image.check_overlap(host >> image.cluster_bits, count)
             try:
-                await self._fill(found, first, count, host, offset, length, iov)
+                await self._fill(found, first, count, host, offset, length, iov, allocated)
             except OSError as exc:
                 if exc.errno != errno.ENOSPC or not image.frees:
                     raise
                 # Space that was freed but is not free on disk yet may help.
                 await image.write_back()
-                await self._fill(found, first, count, host, offset, length, iov)
-            self._link(found, first & (image.l2.slice_entries - 1), count, host)
+                await self._fill(found, first, count, host, offset, length, iov, allocated)
+            self._link(found, first & (image.l2.slice_entries - 1), count, host, offset, length)
         except OSError:
             if allocated:
                 image.refcounts.release(host >> image.cluster_bits, count)
@@ -238,7 +242,9 @@ class Writer:
             found.pins -= 1
             self.finished(request)
 
-    def _link(self, found: Slice, at: int, count: int, host: int) -> None:
+    def _link(self, found: Slice, at: int, count: int, host: int, offset: int, length: int) -> None:
+        """Make `count` entries from index `at` on refer to the clusters at `host`, into which the range has been
+        written."""
         image = self.image
         entries = found.entries
         size = image.cluster_size
@@ -261,36 +267,50 @@ class Writer:
         elif entry & OFFSET_MASK:
             image.free_later((entry & OFFSET_MASK) >> image.cluster_bits, 1, kind)
 
+    def _edges(self, found: Slice, at: int, count: int, offset: int, length: int, allocated: bool) -> tuple[int, int]:
+        """The guest range that must be written so that the clusters can be linked: whole clusters."""
+        mask = self.image.cluster_mask
+        return offset & ~mask, (offset + length + mask) & ~mask
+
     async def _fill(
-        self, found: Slice, first: int, count: int, host: int, offset: int, length: int, iov: list[memoryview]
+        self,
+        found: Slice,
+        first: int,
+        count: int,
+        host: int,
+        offset: int,
+        length: int,
+        iov: list[memoryview],
+        allocated: bool,
     ) -> None:
         """Write the guest's data and, before and after it in the first and last cluster, what was there."""
         image = self.image
-        size = image.cluster_size
-        start = first << image.cluster_bits
-        head = offset - start
-        tail = (count << image.cluster_bits) - head - length
         # What lies beyond everything ever written is a hole in the file.
         fresh = host >= image.touched_end
         end = host + (count << image.cluster_bits)
         if end > image.touched_end:
             image.touched_end = end
+        at = first & (image.l2.slice_entries - 1)
+        start, stop = self._edges(found, at, count, offset, length, allocated)
+        head = offset - start
+        tail = stop - offset - length
+        host += start - (first << image.cluster_bits)
         if head or tail:
-            at = first & (image.l2.slice_entries - 1)
             before = after = None
-            if head and tail and count == 1 and self._has_content(found.entries[at], start, size):
-                # One read for the whole cluster.
-                whole = await self._old_content(found.entries[at], start, size)
-                before, after = whole[:head], whole[size - tail :]
+            last = at + count - 1
+            if head and tail and count == 1 and self._has_content(found, at, start, stop - start):
+                # One read for all of it.
+                whole = await self._old_content(found, at, start, stop - start)
+                before, after = whole[:head], whole[head + length :]
             else:
-                if head and self._has_content(found.entries[at], start, head):
-                    before = await self._old_content(found.entries[at], start, head)
-                if tail and self._has_content(found.entries[at + count - 1], offset + length, tail):
-                    after = await self._old_content(found.entries[at + count - 1], offset + length, tail)
+                if head and self._has_content(found, at, start, head):
+                    before = await self._old_content(found, at, start, head)
+                if tail and self._has_content(found, last, offset + length, tail):
+                    after = await self._old_content(found, last, offset + length, tail)
             if not fresh:
                 zeroes = (head if before is None else 0) + (tail if after is None else 0)
                 if zeroes >= _ZERO_CALL_FROM and self._zero_calls:
-                    fresh = await self._zero_by_call(host, count << image.cluster_bits)
+                    fresh = await self._zero_by_call(host, stop - start)
             if head and not (fresh and before is None):
                 iov = (iovs.zero_views(head) if before is None else [before]) + iov
                 length += head
@@ -314,8 +334,9 @@ class Writer:
             return False
         return True
 
-    def _has_content(self, entry: int, offset: int, length: int) -> bool:
+    def _has_content(self, found: Slice, index: int, offset: int, length: int) -> bool:
         """Whether a piece of a guest cluster, before the write, may be other than zero."""
+        entry = found.entries[index]
         if entry & COMPRESSED:
             return True
         if entry & ZERO:
@@ -325,23 +346,30 @@ class Writer:
         backing = self.image.backing
         return backing is not None and offset < min(backing.length, self.image.node.length)
 
-    async def _old_content(self, entry: int, offset: int, length: int) -> memoryview:
+    async def _old_content(self, found: Slice, index: int, offset: int, length: int) -> memoryview:
         """A piece of one guest cluster as it is before the write. Raises OSError."""
         image = self.image
+        entry = found.entries[index]
         within = offset & image.cluster_mask
         if entry & COMPRESSED:
             plain = await self.unpacked.read(entry)
             return memoryview(plain)[within : within + length]
         data = memoryview(bytearray(length))
         if entry & OFFSET_MASK:
-            source, at, n = image.file, (entry & OFFSET_MASK) + within, length
+            iov = [data]
+            at = (entry & OFFSET_MASK) + within
+            if not image.file.read_now(at, length, iov):
+                await image.file.preadv(at, length, iov)
         else:
-            backing = image.backing
-            assert backing is not None
-            source, at = backing, offset
-            # What is beyond the end of this disk must stay zero, should it grow one day.
-            n = min(length, max(0, image.node.length - offset))
-        iov = [data[:n]]
-        if n and not source.read_now(at, n, iov):
-            await source.preadv(at, n, iov)
+            await self._read_backing(offset, data)
         return data
+
+    async def _read_backing(self, offset: int, data: memoryview) -> None:
+        """Fill `data`, all zero so far, with what the backing file has at `offset`. Raises OSError."""
+        backing = self.image.backing
+        assert backing is not None
+        # What is beyond the end of this disk must stay zero, should it grow one day.
+        n = min(len(data), max(0, self.image.node.length - offset))
+        iov = [data[:n]]
+        if n and not backing.read_now(offset, n, iov):
+            await backing.preadv(offset, n, iov)
