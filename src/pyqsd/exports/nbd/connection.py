@@ -48,7 +48,8 @@ _SHARED_READ: Final = 128 << 10
 _OWN_PAYLOAD: Final = 64 << 10
 #: Bytes that are received at once while a client sends large payloads: little of them then has to be moved.
 _RX_BULK: Final = 4 << 10
-#: After so many reads in a row that had to wait, so many more are not tried without waiting (cold cache, O_DIRECT).
+#: After so many reads (or writes) in a row that had to wait, so many more are not tried without waiting: the cache is cold,
+#: or passed by (O_DIRECT).
 _MISSES: Final = 16
 _COLD: Final = 128
 #: Requests that may be on their way, and bytes of payload that they and their replies may take.
@@ -150,9 +151,11 @@ class Connection:
         self._poll = poll.poll
         self._pending: set[_Request] = set()
         self._tools: tuple[Any, ...] = ()
-        #: Reads that are not tried without waiting, because that was in vain the last times.
+        #: Reads (and writes) that are not tried without waiting, because that was in vain the last times.
         self._cold = 0
         self._misses = 0
+        self._cold_writes = 0
+        self._write_misses = 0
 
     # --- life -------------------------------------------------------------------------------------------------------
 
@@ -470,6 +473,7 @@ class Connection:
         filled = 0
         left = _TURN_REQUESTS
         cold, misses = self._cold, self._misses
+        cold_writes, write_misses = self._cold_writes, self._write_misses
         if (self._requests or self._out_bytes or export.paused) and end - position >= header_size and self._blocked():
             self._stalled = True
             left = 0
@@ -540,11 +544,16 @@ class Connection:
                 and filled + 32 <= _TX
             ):
                 at = position + header_size
-                try:
-                    done = write_now(offset, length, [rx[at : at + length]])
-                except OSError:
+                if cold_writes:
+                    cold_writes -= 1
                     done = False
+                else:
+                    try:
+                        done = write_now(offset, length, [rx[at : at + length]])
+                    except OSError:
+                        done = False
                 if done:
+                    write_misses = 0
                     if mode != 2:
                         pack_done(tx, filled, 0x67446698, 0, cookie)
                         filled += 16
@@ -552,6 +561,16 @@ class Connection:
                         pack_done(tx, filled, 0x6E8A278C, 1, 0, cookie, offset, 0)
                         filled += 32
                     position = at + length
+                    continue
+                if not cold_writes:
+                    write_misses += 1
+                    if write_misses >= _MISSES:
+                        cold_writes = _COLD
+                if export.backend.node.active:
+                    position = self._write_request(flags, cookie, offset, length, at, end)
+                    if self._blocked():
+                        self._stalled = True
+                        break
                     continue
             # Everything else has no need to hurry.
             if magic != wanted:
@@ -569,6 +588,7 @@ class Connection:
                 break
         self._rx_start = position
         self._cold, self._misses = cold, misses
+        self._cold_writes, self._write_misses = cold_writes, write_misses
         if filled:
             self._send_batch(tx, filled)
         if not left and not self._stalled and not self._ending:
