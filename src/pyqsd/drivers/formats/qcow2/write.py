@@ -96,6 +96,8 @@ class Writer:
         bits = image.cluster_bits
         first = offset >> bits
         key = offset >> l2.slice_shift
+        if len(image.refcounts.blocks) > image.refcounts.max_blocks + _BLOCKS_MORE:
+            await image.refcounts.make_room()
         while True:
             image.check_usable()
             # Nothing is decided before a wait: afterwards it all starts again.
@@ -118,8 +120,6 @@ class Writer:
                 if image.freed_clusters << bits > _FREED_MOST:
                     await image.write_back()
                     continue
-                if len(image.refcounts.blocks) > image.refcounts.max_blocks + _BLOCKS_MORE:
-                    await image.refcounts.make_room()
                 missing = self._allocate(count)
                 if isinstance(missing, MissingBlock):
                     await image.refcounts.load_missing(missing)
