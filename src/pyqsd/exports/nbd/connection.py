@@ -48,8 +48,8 @@ _SHARED_READ: Final = 128 << 10
 _OWN_PAYLOAD: Final = 64 << 10
 #: Bytes that are received at once while a client sends large payloads: little of them then has to be moved.
 _RX_BULK: Final = 4 << 10
-#: After so many reads (or writes) in a row that had to wait, so many more are not tried without waiting: the cache is cold,
-#: or passed by (O_DIRECT).
+#: After so many reads (or writes) in a row that had to wait, so many more are not tried without waiting: the cache is
+#: cold, or passed by (O_DIRECT).
 _MISSES: Final = 16
 _COLD: Final = 128
 #: Requests that may be on their way, and bytes of payload that they and their replies may take.
@@ -778,7 +778,10 @@ class Connection:
             return
         if self._stalled and not self._turn_scheduled:
             self._schedule_turn()
-        if not self._flush_scheduled:
+        if not self._requests:
+            # Nobody to share the system call with.
+            self._flush()
+        elif not self._flush_scheduled:
             self._flush_scheduled = True
             self._loop.call_soon(self._flush_now)
 
