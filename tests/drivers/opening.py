@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 from pyqsd.aio import engine as engines
@@ -15,6 +16,7 @@ from pyqsd.block.node import Node
 from pyqsd.block.options import BlockdevOptions
 from pyqsd.qapi.command import EventBus
 from pyqsd.qapi.convert import convert
+from tests.support.daemon import DaemonProcess, poll
 
 READ = perms.CONSISTENT_READ
 READ_WRITE = perms.CONSISTENT_READ | perms.WRITE
@@ -78,3 +80,18 @@ async def read(user: BlockBackend | Node, offset: int, length: int) -> bytes:
 async def write(user: BlockBackend | Node, offset: int, data: bytes, flags: int = 0) -> None:
     """Write bytes."""
     await user.pwritev(offset, len(data), [memoryview(data)], flags)
+
+
+@contextmanager
+def real_daemon(args: list[str], workdir: Path) -> Iterator[None]:
+    """qemu-storage-daemon, when it has done what its command line says. (It writes its pidfile last; a monitor that is
+    used while the daemon still starts is not reliable.)"""
+    pidfile = workdir / "qsd.pid"
+    with DaemonProcess("qsd", [*args, "--pidfile", str(pidfile)], workdir=workdir, qmp=False) as daemon:
+
+        def ready() -> bool:
+            daemon.check_running()
+            return pidfile.exists()
+
+        poll(ready, "the daemon")
+        yield

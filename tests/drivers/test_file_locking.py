@@ -18,7 +18,6 @@ from pyqsd.qapi.errors import Error
 from tests.drivers import opening
 from tests.drivers.opening import add, graph, run, use
 from tests.support import peers
-from tests.support.daemon import DaemonProcess
 
 SIZE = 1 << 20
 WRITE_ALL = perms.ALL
@@ -82,7 +81,7 @@ def test_same_bytes_as_the_real_daemon(image: Path, tmp_path: Path, name: str) -
     args = ["--blockdev", json.dumps(wire), "--nbd-server", "addr.type=unix,addr.path=nbd.sock"]
     if user is not None:
         args += ["--export", f"type=nbd,id=e,node-name=node,writable={'on' if user == 'w' else 'off'}"]
-    with DaemonProcess("qsd", args, workdir=tmp_path):
+    with opening.real_daemon(args, tmp_path):
         theirs = locked_bytes(image)
 
     async def main() -> None:
@@ -174,7 +173,7 @@ def test_we_are_refused(image: Path, tmp_path: Path) -> None:
             use(g, free)
             assert locked_bytes(image) == before | {100}
 
-    with DaemonProcess("qsd", ["--blockdev", lock], workdir=tmp_path):
+    with opening.real_daemon(["--blockdev", lock], tmp_path):
         run(main)
 
 

@@ -267,7 +267,7 @@ def test_locks_as_the_real_daemon(loop: Loop, tmp_path: Path) -> None:
     wire = {"driver": "host_device", "node-name": "node", "filename": loop.path}
     args = ["--blockdev", json.dumps(wire), "--nbd-server", "addr.type=unix,addr.path=nbd.sock"]
     args += ["--export", "type=nbd,id=e,node-name=node,writable=on"]
-    with DaemonProcess("qsd", args, workdir=tmp_path):
+    with opening.real_daemon(args, tmp_path):
         theirs = flattened()
 
     async def main() -> None:
