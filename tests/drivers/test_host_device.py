@@ -21,7 +21,6 @@ from pyqsd.qapi.errors import Error
 from tests.drivers import opening
 from tests.drivers.opening import add, graph, read, run, use, write
 from tests.support import peers
-from tests.support.daemon import DaemonProcess
 
 SIZE = 4 << 20
 
@@ -205,7 +204,7 @@ def test_read_only_device(tmp_path: Path) -> None:
             "The device is not writable: Permission denied",
             f"Could not open '{device.path}': Permission denied",
         )
-        assert said == qsd_error(device.path, tmp_path)
+        assert said == qsd_error(device.path)
 
         async def main() -> None:
             async with graph() as g:
@@ -219,10 +218,10 @@ def test_read_only_device(tmp_path: Path) -> None:
         device.close()
 
 
-def qsd_error(path: str, workdir: Path) -> str:
-    with DaemonProcess("qsd", [], workdir=workdir) as daemon:
-        reply = daemon.qmp.command("blockdev-add", **{"driver": "host_device", "node-name": "node", "filename": path})
-        return str(reply["error"]["desc"])
+def qsd_error(path: str) -> str:
+    option = f"driver=host_device,node-name=node,filename={path}"
+    said = peers.run("qemu-storage-daemon", "--blockdev", option, ok=(1,)).stderr
+    return said.strip().removeprefix(f"qemu-storage-daemon: --blockdev {option}: ")
 
 
 def test_block_sizes(tmp_path: Path) -> None:
