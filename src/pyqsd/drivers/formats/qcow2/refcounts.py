@@ -205,6 +205,9 @@ class Refcounts:
         self._new_entries: set[int] = set()
         #: The table has outgrown its place on disk: (offset, clusters) of the new one, or None.
         self._moving: tuple[int, int] | None = None
+        #: New blocks that have no space on disk yet, and whether that goes for the new place of the table as well.
+        self._unreserved: list[Block] = []
+        self._unreserved_table = False
 
     # --- reading ---------------------------------------------------------------------------------------------------
 
@@ -222,6 +225,8 @@ class Refcounts:
         self._dirty.clear()
         self._new_entries.clear()
         self._moving = None
+        self._unreserved.clear()
+        self._unreserved_table = False
         self.hint = 0
 
     async def load_missing(self, missing: MissingBlock) -> None:
@@ -344,9 +349,38 @@ class Refcounts:
         """`allocate_now`, loading blocks as needed."""
         while True:
             try:
-                return self.allocate_now(count, contiguous, floor)
+                first, got = self.allocate_now(count, contiguous, floor)
+                break
             except MissingBlock as missing:
                 await self.load_missing(missing)
+        if self.unreserved:
+            try:
+                await self.reserve()
+            except BaseException:
+                self.release(first, got)
+                raise
+        return first, got
+
+    @property
+    def unreserved(self) -> bool:
+        """Whether the last allocations made new metadata for which the disk may turn out to have no space."""
+        return bool(self._unreserved or self._unreserved_table)
+
+    async def reserve(self) -> None:
+        """Write new blocks, and the new place of the table, so that a full disk is noticed by the request that needs
+        them, and not by a flush much later. Nothing on disk refers to them yet. Raises OSError."""
+        image = self.image
+        async with image.refcount_lock:
+            image.barrier = True
+            while self._unreserved:
+                block = self._unreserved[-1]
+                if block in self._dirty:
+                    await self._write_block(block)
+                self._unreserved.remove(block)
+            if self._unreserved_table and self._moving is not None:
+                offset, clusters = self._moving
+                await image.file.pwrite(offset, bytes(clusters << image.header.cluster_bits))
+            self._unreserved_table = False
 
     def _counts(self, index: int, together: bool) -> Counts | None:
         """The counts of a block in memory; None where there is no block yet."""
@@ -420,6 +454,7 @@ class Refcounts:
             block = Block(offset, new_counts(self.order, self.block_entries))
             block.touched(0, self.block_entries)
             self._dirty.add(block)
+            self._unreserved.append(block)
             self.blocks[index] = block
             self.table[index] = offset
             self._new_entries.add(index)
@@ -475,6 +510,7 @@ class Refcounts:
             self._release_now(moving[0] >> bits, moving[1])
             image.meta.remove("refcount_table", moving[0] >> bits, moving[1])
         self._moving = (first << bits, clusters)
+        self._unreserved_table = True
         image.meta.add("refcount_table", first, clusters)
 
     # --- releasing ---------------------------------------------------------------------------------------------------
