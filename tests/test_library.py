@@ -24,8 +24,8 @@ async def output_of(*argv: str) -> str:
         peers.require(argv[0]), *argv[1:], stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )
     output, _ = await asyncio.wait_for(process.communicate(), 30)
-    assert process.returncode == 0, output.decode()
-    return output.decode()
+    assert process.returncode == 0, output
+    return output.decode("utf-8", "replace")
 
 
 def test_serve_an_image(tmp_path: Path) -> None:

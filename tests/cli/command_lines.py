@@ -80,6 +80,18 @@ WRONG: list[list[str]] = [
     ["--blockdev", '{"driver":null}'],
     ["--blockdev", '{"driver":"nosuch"}'],
     ["--blockdev", '{"driver":"null-co","node-name":"a","read-only":"on"}'],
+    # --- bytes that are no text
+    ["--\udcff"],
+    ["-\udcff"],
+    ["-é"],
+    ["--blockdev", "null-co,node-name=\udcff"],
+    ["--blockdev", '{"driver":"null-co","node-name":"\udcff"}'],
+    ["--blockdev", "file,node-name=a,filename=\udcff\udcfe"],
+    ["--monitor", "\udcff"],
+    ["--object", "secret,id=\udcff"],
+    ["--nbd-server", "addr.type=unix,addr.path=/nonexistent/\udcff"],
+    ["--pidfile", "/nonexistent/\udcff"],
+    ["-T", "\udcff", "--blockdev", "nosuch"],
     # --- --blockdev
     ["--blockdev", "node-name=a"],
     ["--blockdev", "null-co"],

@@ -6,6 +6,7 @@ whatever it looks like, words that are no options, ``--``, and the texts of the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -45,7 +46,9 @@ def parse(words: Sequence[str], options: Sequence[Option]) -> Iterator[Word]:
                 letter, rest = rest[0], rest[1:]
                 option = next((o for o in options if o.letter == letter), None)
                 if option is None:
-                    yield Word("?", f"invalid option -- '{letter}'", ())
+                    # (One byte of it: that is all that getopt looks at.)
+                    byte = os.fsdecode(os.fsencode(letter)[:1])
+                    yield Word("?", f"invalid option -- '{byte}'", ())
                 elif not option.has_argument:
                     yield Word(option.name, None, ())
                 elif rest:
