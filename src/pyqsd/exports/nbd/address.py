@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import random
 import re
 import socket
 import stat
@@ -172,9 +171,7 @@ def _listen_unix(address: UnixSocketAddress) -> Listener:
             name = name.ljust(_PATH_MAX, b"\0")
         return _bound(socket.AF_UNIX, name, f"Failed to bind socket to {address.path}")
     if not path:
-        import tempfile  # (not needed by anybody else at the start)
-
-        path = os.fsencode(f"{tempfile.gettempdir()}/pyqsd-socket-{random.randrange(1 << 32):08x}")
+        path = os.fsencode(f"{os.environ.get('TMPDIR') or '/tmp'}/pyqsd-socket-{os.urandom(4).hex()}")
     if len(path) >= _PATH_MAX:
         # (The kernel would also take a path that just fills its room; Python's sockets do not.)
         raise _too_long(address.path, _PATH_MAX)

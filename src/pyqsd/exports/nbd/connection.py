@@ -345,6 +345,9 @@ class Connection:
             # More requests do not help a client whose requests are waiting already.
             self._unwatch()
             return
+        # Somebody else was served since: there is no time to linger.
+        alone = self._server.last_served is self
+        self._server.last_served = self
         budget = _TURN_BYTES
         try:
             for _ in range(_TURN_ROUNDS):
@@ -357,7 +360,7 @@ class Connection:
                 if n == 0 or budget <= 0 or self._stalled or self._closed:
                     return
                 # A large payload goes on coming while the client is on another processor.
-                if self._payload_buffer is None and not self._linger():
+                if self._payload_buffer is None and not (alone and self._linger()):
                     return
         except (BlockingIOError, InterruptedError):
             return
@@ -370,7 +373,7 @@ class Connection:
         if self._linger_pause:
             self._linger_pause -= 1
             return False
-        if self._requests or not _LINGER or self._reading is False or not self._server.alone:
+        if self._requests or not _LINGER or self._reading is False:
             return False
         ready = self._poll
         end = perf_counter_ns() + _LINGER

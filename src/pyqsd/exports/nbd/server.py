@@ -52,6 +52,8 @@ class NbdServer:
         self._handshake_seconds = DEFAULT_HANDSHAKE_SECONDS
         self._listeners: list[addresses.Listener] = []
         self._connections: set[Connection] = set()
+        #: Whose requests were the last to be handled.
+        self.last_served: Connection | None = None
         self._all_gone: asyncio.Event | None = None
         self._held = False
         self._accepting = False
@@ -75,14 +77,11 @@ class NbdServer:
     def left(self, connection: Connection) -> None:
         """A connection is over."""
         self._connections.discard(connection)
+        if self.last_served is connection:
+            self.last_served = None
         if self._all_gone is not None and not self._connections:
             self._all_gone.set()
         self._accept_more()
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is no more than one connection."""
-        return len(self._connections) < 2
 
     # --- life -------------------------------------------------------------------------------------------------------
 
