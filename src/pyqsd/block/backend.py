@@ -177,9 +177,15 @@ class BlockBackend:
 
     async def preadv(self, offset: int, length: int, iov: list[memoryview], flags: int = 0) -> None:
         """Read. Raises OSError, with EIO if the range is not inside the node."""
-        node = await self._begin()
+        # `_begin` and `_check`, written out: this is the way of every request that waits.
+        while self.quiesced:
+            assert self._resumed is not None
+            await self._resumed.wait()
+        node = self.node
+        if offset < 0 or length < 0 or offset + length > node.length:
+            raise OSError(errno.EIO, "Request out of range")
+        self.in_flight += 1
         try:
-            self._check(node, offset, length)
             await node.preadv(offset, length, iov, flags)
         finally:
             self._end()

@@ -85,6 +85,8 @@ class Node:
         self.detect_zeroes = "off"
         self.length = 0
         self.limits = Limits()
+        #: Requests go to the driver as they are: it is a protocol that takes any length.
+        self._leaf = False
         self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
         #: Offset above which a write raises BLOCK_WRITE_THRESHOLD, 0: none.
         self.write_threshold = 0
@@ -137,6 +139,7 @@ class Node:
             limits.opt_transfer = max(limits.opt_transfer, below.opt_transfer)
         self.driver.refresh_limits(limits)
         self.limits = limits
+        self._leaf = self.driver.is_protocol and not limits.max_transfer
         for edge in self.parents:
             if isinstance(edge.parent, Node) and edge.parent.opened:
                 edge.parent.refresh_limits()
@@ -263,14 +266,11 @@ class Node:
             iov, length = iovs.part(iov, 0, inside), inside
         self.in_flight += 1
         try:
-            limits = self.limits
-            align = limits.request_alignment
+            align = self.limits.request_alignment
             if align > 1 and (offset | length) & (align - 1):
                 await self._read_padded(offset, length, iov, align)
-            elif limits.memory_alignment > 1 and not iovs.is_aligned(iov, limits.memory_alignment):
-                bounce = iovs.aligned_buffer(length)
-                await self._read(offset, length, [bounce])
-                iovs.copy(iov, [bounce])
+            elif self._leaf:
+                await self._read_protocol(offset, length, iov)
             else:
                 await self._read(offset, length, iov)
         finally:
@@ -295,7 +295,7 @@ class Node:
     async def _read_mapped(self, offset: int, length: int, iov: list[memoryview]) -> None:
         driver = self.driver
         if driver.is_protocol:
-            await driver.preadv(offset, length, iov)
+            await self._read_protocol(offset, length, iov)
             return
         done = 0
         while done < length:
@@ -317,6 +317,22 @@ class Node:
             else:
                 await driver.backing.node.preadv(offset + done, n, part)
             done += n
+
+    async def _read_protocol(self, offset: int, length: int, iov: list[memoryview]) -> None:
+        try:
+            await self.driver.preadv(offset, length, iov)
+        except OSError as exc:
+            if not self._for_misalignment(exc, iov):
+                raise
+            bounce = iovs.aligned_buffer(length)
+            await self.driver.preadv(offset, length, [bounce])
+            iovs.copy(iov, [bounce])
+
+    def _for_misalignment(self, exc: OSError, iov: list[memoryview]) -> bool:
+        """Whether a request has failed, without having done anything, because of the addresses of its buffers. Looking
+        at these before each request would cost more than to be told once in a while."""
+        need = self.limits.memory_alignment
+        return exc.errno == errno.EINVAL and need > 1 and not iovs.is_aligned(iov, need)
 
     async def pread(self, offset: int, length: int) -> bytearray:
         """The content of the range, as a new buffer."""
@@ -347,10 +363,21 @@ class Node:
                 offset,
                 length,
             )
-        else:
-            await self._tracked_write(
-                offset, offset + length, False, lambda: self._write(offset, length, iov, flags), offset, length
-            )
+            return
+        # The usual case of `_tracked_write`, without a closure.
+        request = Tracked(offset, offset + length, False)
+        self.in_flight += 1
+        self._tracked.add(request)
+        try:
+            if self._serialising:
+                await self._wait_for_overlapping(request)
+            if self._leaf:
+                await self._driver_write(offset, length, iov, flags)
+                self._extended_to(offset + length)
+            else:
+                await self._write(offset, length, iov, flags)
+        finally:
+            self._write_done(request, offset, length, False)
 
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
         """Write `data` (any buffer of bytes)."""
@@ -385,19 +412,22 @@ class Node:
                 await self._wait_for_overlapping(request)
             await action()
         finally:
-            # Even a failed write may have changed something.
-            self._write_generation += 1
-            new_end = offset + length
-            if new_end > self.wr_highest_offset and not discard:
-                self.wr_highest_offset = new_end
-            if self.dirty_bitmaps or self.write_threshold:
-                self._written(offset, length, discard)
-            self._tracked.discard(request)
             if serialising:
                 self._serialising -= 1
-            if request.done is not None:
-                request.done.set_result(None)
-            self._request_done()
+            self._write_done(request, offset, length, discard)
+
+    def _write_done(self, request: Tracked, offset: int, length: int, discard: bool) -> None:
+        # Even a failed write may have changed something.
+        self._write_generation += 1
+        end = offset + length
+        if end > self.wr_highest_offset and not discard:
+            self.wr_highest_offset = end
+        if self.dirty_bitmaps or self.write_threshold:
+            self._written(offset, length, discard)
+        self._tracked.discard(request)
+        if request.done is not None:
+            request.done.set_result(None)
+        self._request_done()
 
     async def _wait_for_overlapping(self, request: Tracked) -> None:
         while True:
@@ -445,12 +475,7 @@ class Node:
             await self._read(at, align, [into[:align]])
 
     async def _write(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
-        limits = self.limits
-        if limits.memory_alignment > 1 and not iovs.is_aligned(iov, limits.memory_alignment):
-            bounce = iovs.aligned_buffer(length)
-            iovs.copy([bounce], iov)
-            iov = [bounce]
-        most = limits.max_transfer
+        most = self.limits.max_transfer
         if most and length > most:
             for at in range(0, length, most):
                 n = min(most, length - at)
@@ -461,7 +486,14 @@ class Node:
 
     async def _driver_write(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
         driver = self.driver
-        await driver.pwritev(offset, length, iov, flags & driver.write_flags)
+        try:
+            await driver.pwritev(offset, length, iov, flags & driver.write_flags)
+        except OSError as exc:
+            if not self._for_misalignment(exc, iov):
+                raise
+            bounce = iovs.aligned_buffer(length)
+            iovs.copy([bounce], iov)
+            await driver.pwritev(offset, length, [bounce], flags & driver.write_flags)
         if flags & FUA and not driver.write_flags & FUA:
             self._write_generation += 1
             await self.flush()
