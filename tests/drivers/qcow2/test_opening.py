@@ -194,7 +194,7 @@ def test_named_feature(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ("encrypt.format=luks,encrypt.key-secret=s", "Encrypted qcow2 images are not supported"),
+        ("encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10", "Encrypted qcow2 images are not supported"),
         ("data_file={}/data", "qcow2 images with an external data file are not supported"),
     ],
 )
