@@ -23,7 +23,8 @@ STOP_TIMEOUT = 30.0
 # What must never be on a daemon's stderr, whatever was done to it.
 DIRT = re.compile(
     r"Traceback \(most recent call last\)|was never awaited|Task was destroyed|exception was never retrieved"
-    r"|failed: [A-Z]\w*(Error|Exception)\b|Internal error|internal error|Exception ignored|Fatal Python error|Segmentation fault"
+    r"|failed: [A-Z]\w*(Error|Exception)\b|Internal error|internal error"
+    r"|Exception ignored|Fatal Python error|Segmentation fault"
 )
 
 

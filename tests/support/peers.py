@@ -1,4 +1,4 @@
-"""The peer programs that judge us. A missing one fails the test; only PYQSD_TESTS_SKIP_MISSING=1 turns that into a skip."""
+"""The peer programs that judge us. A missing one fails the test; PYQSD_TESTS_SKIP_MISSING=1 turns that into a skip."""
 
 from __future__ import annotations
 

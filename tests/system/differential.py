@@ -3,8 +3,8 @@
 A `Session` is a command line and a list of steps, run on both daemons in directories that look the same to them (the
 same relative names, fresh copies of the same images). Only these are normalised: time stamps, the version, the
 program's own name, generated node names (their last two digits are random; they are numbered by their first appearance
-in the session), the order of keys, and of lists that come out of a hash table. Everything else that differs is a failure, unless `KNOWN` explains it; an
-explained difference that is not there any more fails as well.
+in the session), the order of keys, and of lists that come out of a hash table. Everything else that differs is a
+failure, unless `KNOWN` explains it; an explained difference that is not there any more fails as well.
 """
 
 from __future__ import annotations

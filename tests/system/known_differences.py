@@ -10,8 +10,8 @@ _NULL = (
     '"backing": {"driver": "null-co", "size": 1048576, "read-zeroes": true}}'
 )
 _ONE_PIECE = (
-    "a read of data and zeroes is answered in one piece: NBD leaves that to the server, and one chunk is one system call; "
-    "where nothing but zeroes is read, a hole is sent, as QSD does"
+    "a read of data and zeroes is answered in one piece: NBD leaves that to the server, and one chunk is one system "
+    "call; where nothing but zeroes is read, a hole is sent, as QSD does"
 )
 
 _LATER = "encryption, external data files and extended L2 entries are refused: a later release has them"

@@ -1,4 +1,4 @@
-"""1,000 random steps over NBD, on pyqsd and on the real daemon: every byte as the model says, and the same at the end."""
+"""1,000 random steps over NBD, on pyqsd and on the real daemon: every byte as the model says, the same in the end."""
 
 from __future__ import annotations
 
