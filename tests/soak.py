@@ -1,0 +1,112 @@
+"""`python -m tests.soak`: the random tests for longer, with seeds that no test run has.
+
+Bounded in time (`--minutes`) and in rounds (`--rounds`). Each round is one random workload on either daemon, one storm of
+concurrent requests, one kill -9, and fuzz on both protocols. The first failure ends it, prints what it was and how to do
+that round again (`--seed`), and leaves the files where they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+from tests.support import images
+from tests.support.daemon import DaemonProcess
+from tests.support.nbd import is_alive
+from tests.system import fuzz, test_concurrency, test_crash, test_random_workload
+
+
+def workload(root: Path, seed: int) -> str:
+    kind = random.Random(seed).choice(list(test_random_workload.KINDS))
+    spec = test_random_workload.KINDS[kind]
+    ours = test_random_workload.run_workload("pyqsd", root / "workload-pyqsd", spec, 1500, seed)
+    theirs = test_random_workload.run_workload("qsd", root / "workload-qsd", spec, 1500, seed)
+    assert ours == theirs, "the two daemons end with other contents"
+    return kind
+
+
+def storm(root: Path, seed: int) -> str:
+    kind = random.Random(seed).choice(list(test_concurrency.KINDS))
+    test_concurrency.storm(root / "storm", kind, seed, requests=2000)
+    return kind
+
+
+def crash(root: Path, seed: int) -> str:
+    kind = random.Random(seed).choice(list(test_crash.KINDS))
+    (root / "crash").mkdir()
+    test_crash.crash(root / "crash", test_crash.KINDS[kind], seed, "pyqsd")
+    return kind
+
+
+def abuse(root: Path, seed: int) -> str:
+    rng = random.Random(seed)
+    workdir = root / "abuse"
+    workdir.mkdir()
+    images.create(workdir / "victim.qcow2", 4 << 20)
+    (workdir / "other.img").write_bytes(b"\x11" * 65536)
+    args = [
+        *("--blockdev", "qcow2,node-name=victim,file.driver=file,file.filename=victim.qcow2"),
+        *("--blockdev", "file,node-name=other,filename=other.img,read-only=on"),
+        *("--nbd-server", "addr.type=unix,addr.path=nbd.sock"),
+        *("--export", "nbd,id=v,node-name=victim,writable=on", "--export", "nbd,id=o,node-name=other"),
+    ]
+    with DaemonProcess("pyqsd", args, workdir=workdir) as daemon:
+        before = daemon.rss()
+        for number in range(200):
+            fuzz.attack_handshake(workdir / "nbd.sock", rng, rng.choice(("victim", "other", "nosuch")))
+            fuzz.attack_requests(workdir / "nbd.sock", rng, rng.choice(("victim", "other")))
+            daemon.qmp.send_raw(fuzz.broken_qmp(rng) + b"\n\xff\n")
+            daemon.qmp.send({"execute": "query-version", "id": f"sync-{number}"})
+            while daemon.qmp.reply().get("id") != f"sync-{number}":
+                pass
+        is_alive(workdir / "nbd.sock", "other", b"\x11" * 512)
+        assert daemon.rss() < before + (96 << 20), f"grew from {before} to {daemon.rss()} bytes"
+    images.assert_clean(workdir / "victim.qcow2")
+    return "both protocols"
+
+
+PARTS = {"workload": workload, "storm": storm, "crash": crash, "abuse": abuse}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10, help="stop after so long (10)")
+    parser.add_argument("--rounds", type=int, default=1000, help="stop after so many rounds (1000)")
+    parser.add_argument("--seed", type=int, help="the first round's seed (default: from the clock)")
+    parser.add_argument("--part", action="append", choices=PARTS, help="only these parts")
+    args = parser.parse_args(argv)
+    seed = int(time.time()) if args.seed is None else args.seed
+    deadline = time.monotonic() + args.minutes * 60
+    done = 0
+    for number in range(args.rounds):
+        root = Path(tempfile.mkdtemp(prefix="pyqsd-soak-"))
+        for name in args.part or PARTS:
+            if time.monotonic() > deadline:
+                shutil.rmtree(root)
+                print(f"{done} rounds, no failure")
+                return 0
+            begin = time.monotonic()
+            try:
+                what = PARTS[name](root, seed + number)
+            except BaseException as exc:
+                if isinstance(exc, KeyboardInterrupt):
+                    print(f"interrupted after {done} rounds")
+                    return 130
+                traceback.print_exc()
+                print(f"FAILED: --seed {seed + number} --part {name}; files in {root}")
+                return 1
+            print(f"seed {seed + number}: {name} ({what}): {time.monotonic() - begin:.1f} s", flush=True)
+        shutil.rmtree(root)
+        done += 1
+    print(f"{done} rounds, no failure")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
