@@ -445,6 +445,19 @@ def test_requests_in_flight_are_bounded(memory: tuple[Service, Memory]) -> None:
     assert sorted(client.reply()[0][1] for _ in range(1000)) == list(range(1000))
 
 
+@pytest.mark.parametrize("length", [0, 1, 4096])
+def test_more_requests_than_one_turn_handles(disk: Service, length: int) -> None:
+    """The receive buffer full of small requests, again and again."""
+    client = disk.client("disk", structured=False)
+    count = 60000 if length < 4096 else 20000
+    data = b"".join(struct.pack(">IHHQQI", raw.REQUEST, 0, raw.READ, i, MiB, length) for i in range(count))
+    sender = threading.Thread(target=client.send, args=(data,))
+    sender.start()
+    expected = b"".join(struct.pack(">IIQ", raw.SIMPLE, 0, i) + b"a" * length for i in range(count))
+    assert client.recv(len(expected)) == expected
+    sender.join()
+
+
 def test_many_clients_are_served_fairly(disk: Service) -> None:
     """Somebody who keeps the server busy does not keep it from others."""
     stop = threading.Event()

@@ -357,7 +357,7 @@ class Connection:
                     self._unwatch()
                 self._serve()
                 budget -= n
-                if n == 0 or budget <= 0 or self._stalled or self._closed:
+                if n == 0 or budget <= 0 or self._stalled or self._turn_scheduled or self._closed:
                     return
                 # A large payload goes on coming while the client is on another processor.
                 if self._payload_buffer is None and not (alone and self._linger()):
