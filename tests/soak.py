@@ -1,8 +1,8 @@
 """`python -m tests.soak`: the random tests for longer, with seeds that no test run has.
 
-Bounded in time (`--minutes`) and in rounds (`--rounds`). Each round is one random workload on either daemon, one storm of
-concurrent requests, one kill -9, and fuzz on both protocols. The first failure ends it, prints what it was and how to do
-that round again (`--seed`), and leaves the files where they are.
+Bounded in time (`--minutes`) and in rounds (`--rounds`). Each round is one random workload on either daemon, one storm
+of concurrent requests, one kill -9, and fuzz on both protocols. The first failure ends it, prints what it was and how
+to do that round again (`--seed`), and leaves the files where they are.
 """
 
 from __future__ import annotations

@@ -86,7 +86,7 @@ def requests(rng: random.Random, size: int, extended: bool, read_only: bool = Fa
     for cookie in range(rng.randint(1, 8)):
         command = rng.choice((0, 0, 3, 5, 7) if read_only else (0, 0, 1, 3, 4, 5, 6, 7))
         length = rng.choice((1, 512, 4096, 70000))
-        offset = rng.choice((0, 511, rng.randrange(size), size - length, size, 1 << 63))
+        offset = rng.choice((0, 511, rng.randrange(size), max(0, size - length), size, 1 << 63))
         payload = b""
         if command == nbd.CMD_WRITE:
             payload = rng.randbytes(length)

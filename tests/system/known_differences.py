@@ -14,7 +14,7 @@ _ONE_PIECE = (
     "call; where nothing but zeroes is read, a hole is sent, as QSD does"
 )
 
-_LATER = "encryption, external data files and extended L2 entries are refused: a later release has them"
+_LATER = "encryption and external data files are refused: a later release has them"
 
 KNOWN: dict[tuple[str, str], str] = {
     ("backing-null", _NULL): "QSD gives null-co the name of the image's own backing file, which null-co refuses",
@@ -35,7 +35,6 @@ KNOWN: dict[tuple[str, str], str] = {
         for name, steps in (
             ("crypt-method=0x1", ("open",)),
             ("incompatible-bit-2", ("open",)),
-            ("incompatible-bit-4", ("open", "info", "use", "close")),
         )
         for step in steps
     },

@@ -525,6 +525,7 @@ SESSIONS = [
         "nbd-pieces",
         [
             *SERVED,
+            client("tables come to memory", each((READ, 0, 512)), "q"),
             client("nothing but zeroes", pieces((READ, 2 * MiB, 65536), (READ, 3 * MiB, MiB)), "q"),
             client("nothing but data", pieces((READ, 0, 131072), (READ, 4096, 4096), (READ, MiB, 65536)), "q"),
             client("null", pieces((READ, 0, 65536)), "described"),

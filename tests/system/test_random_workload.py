@@ -58,7 +58,8 @@ def run_workload(
     image: dict[str, Any] = {"driver": fmt, "format": format_options, "file": {"filename": "disk.img", **file_options}}
     if backing:
         image["backing"] = {"driver": "qcow2", "file": {"driver": "file", "filename": "base.qcow2"}}
-    unit = images.info(root / "disk.img").get("cluster-size", 512) if fmt == "qcow2" else 512
+    # QSD does not write to a raw file that does not end with a whole unit of O_DIRECT.
+    unit = images.info(root / "disk.img")["cluster-size"] if fmt == "qcow2" else 4 * KiB if file_options else 512
     runner = Runner(daemon, root, image, model, extended=own_seed % 2 == 0)
     runner.run(make_steps(own_seed if seed is None else seed, steps, SIZE, MAX_SIZE, unit))
     if fmt == "qcow2":

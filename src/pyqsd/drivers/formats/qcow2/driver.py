@@ -346,8 +346,7 @@ class Qcow2(Driver):
         if entry & tables.ZERO and self.image.header.version < 3:
             raise self.image.bad_entry(found, at, "Zero cluster entry found in pre-v3 image")
         if host & self._mask:
-            what = "Preallocated zero cluster offset" if entry & tables.ZERO else "Cluster allocation offset"
-            raise self.image.bad_entry(found, at, what + " {host:#x} unaligned", host)
+            raise self.image.bad_entry(found, at, "Cluster allocation offset {host:#x} unaligned", host)
 
     def map_write(self, offset: int, length: int) -> tuple[int, Node, int] | None:
         if not self._ready:
