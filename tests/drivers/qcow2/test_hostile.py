@@ -257,6 +257,30 @@ def test_write_to_metadata(where: int, name: str) -> None:
     assert after[target + 80 : target + 4096] == image[target + 80 : target + 4096]
 
 
+@pytest.mark.parametrize("check", ["cached", "none"])
+def test_header_looks_free(check: str) -> None:
+    """Whatever the refcounts and the options say, nothing new goes into the first cluster."""
+    image = bytearray(_plain())
+    table = int.from_bytes(image[48:56], "big")
+    block = int.from_bytes(image[table : table + 8], "big")
+    image[block : block + 2] = bytes(2)
+
+    async def main(offset: int) -> list[str]:
+        graph = Graph(EventBus())
+        events = events_of(graph)
+        node, below = await open_logged(bytes(image), graph, overlap_check=check)
+        with pytest.raises(OSError):
+            await node.pwrite(offset, b"x" * 4096)
+        assert below.data[:72] == image[:72]
+        await close(node)
+        return [event.msg for event in events if isinstance(event, BlockImageCorrupted)]
+
+    assert run(main(512 * 1024)) == ["Preventing invalid write on metadata (overlaps with qcow2_header)"]
+    # Without a table yet, it is the table that would go there.
+    image[_l1(image) : _l1(image) + 8] = bytes(8)
+    assert run(main(0)) == ["Preventing invalid allocation of L2 table at offset 0"]
+
+
 def test_checks_can_be_switched_off() -> None:
     image = bytearray(_plain())
     target = _l2(image)

@@ -313,12 +313,35 @@ class Refcounts:
 
     # --- allocating --------------------------------------------------------------------------------------------------
 
-    def allocate_now(self, count: int, contiguous: bool = False, floor: int = 0) -> tuple[int, int]:
+    def _check_place(self, first: int, count: int, what: str) -> None:
+        """Refuse clusters that only look free. Raises OSError."""
+        if first == 0 and what:
+            raise self.image.corrupt(f"Preventing invalid allocation of {what} at offset 0")
+        self.image.check_overlap(first, count)
+        if first == 0:
+            # Never, even if the user wants no checks.
+            raise self.image.corrupt("Preventing invalid write on metadata (overlaps with qcow2_header)")
+
+    def allocate_now(self, count: int, contiguous: bool = False, floor: int = 0, what: str = "") -> tuple[int, int]:
         """Take up to `count` (exactly, if `contiguous`) free consecutive clusters at or above `floor`, the lowest that
-        are free, and return ``(first cluster, how many)``. Raises MissingBlock when a block must be loaded first, and
-        OSError."""
-        from_hint = floor <= self.hint
-        at = self.hint if from_hint else floor
+        are free, and return ``(first cluster, how many)``. `what`: the kind of metadata that they are for, as messages
+        call it. Raises MissingBlock when a block must be loaded first, and OSError."""
+        hint = self.hint
+        if floor <= hint:
+            # Mostly, what follows the last allocation is free, and its block is in memory.
+            block = self.blocks.get(hint >> self.block_bits)
+            index = hint & (self.block_entries - 1)
+            stop = index + count
+            if block is not None and stop <= self.block_entries and block.counts.free_run(index, stop) == count:
+                self._check_place(hint, count, what)
+                block.used = True
+                block.counts.set_ones(index, stop)
+                block.touched(index, stop)
+                self._dirty.add(block)
+                self.hint = hint + count
+                return hint, count
+        from_hint = floor <= hint
+        at = hint if from_hint else floor
         while True:
             at = self._next_free(at)
             if from_hint:
@@ -334,22 +357,20 @@ class Refcounts:
             raise OSError(errno.EFBIG, "The image file would be too large")
         if last >= len(self.table):
             self._grow_table(last)
-            return self.allocate_now(count, contiguous, floor)
-        self.image.check_overlap(at, run)
+            return self.allocate_now(count, contiguous, floor, what)
+        self._check_place(at, run, "refcount block" if blocks else what)
         if blocks:
-            if at == 0:
-                raise self.image.corrupt("Preventing invalid allocation of refcount block at offset 0")
             self._add_blocks(at, end)
         self._set_ones(at, end)
         if from_hint:
             self.hint = end
         return at + blocks, run - blocks
 
-    async def allocate(self, count: int, contiguous: bool = False, floor: int = 0) -> tuple[int, int]:
+    async def allocate(self, count: int, contiguous: bool = False, floor: int = 0, what: str = "") -> tuple[int, int]:
         """`allocate_now`, loading blocks as needed."""
         while True:
             try:
-                first, got = self.allocate_now(count, contiguous, floor)
+                first, got = self.allocate_now(count, contiguous, floor, what)
                 break
             except MissingBlock as missing:
                 await self.load_missing(missing)

@@ -231,8 +231,6 @@ class L2Tables:
 
     def _attach(self, l1_index: int, cluster: int) -> None:
         image = self.image
-        if cluster == 0:
-            raise image.corrupt("Preventing invalid allocation of L2 table at offset 0")
         image.meta.add("active_l2", cluster)
         image.barrier = True
         self.unwritten.add(l1_index)
@@ -245,7 +243,7 @@ class L2Tables:
         image = self.image
         old = self.table_offset(l1_index)
         await self.make_room()
-        cluster, _ = await image.refcounts.allocate(1)
+        cluster, _ = await image.refcounts.allocate(1, what="L2 table")
         if not old:
             try:
                 # So that a full disk is noticed now, by the request that needs the table, and not by a flush later.
@@ -264,8 +262,6 @@ class L2Tables:
                 assert found is not None
                 found.pins += 1
                 loaded.append(found)
-            if cluster == 0:
-                raise image.corrupt("Preventing invalid allocation of L2 table at offset 0")
             image.meta.remove("active_l2", old >> image.header.cluster_bits)
             image.meta.add("active_l2", cluster)
             image.barrier = True
