@@ -139,8 +139,9 @@ async def read_table(file: Node, offset: int, entries: int) -> array[int]:
     return table
 
 
-def _clusters(table: array[int], mask: int, bits: int) -> list[int]:
-    return sorted({(entry & mask) >> bits for entry in table if entry & mask})
+def _clusters(table: array[int], mask: int, bits: int) -> array[int]:
+    # An array, because a hostile table has millions of entries.
+    return array("Q", ((entry & mask) >> bits for entry in table if entry & mask))
 
 
 async def snapshot_table_bytes(image: Image) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left, insort
+from collections.abc import Iterable
 
 from pyqsd.drivers.formats.qcow2.options import OVERLAP_NAMES
 
@@ -30,7 +31,7 @@ class MetadataMap:
             for index in range(cluster, cluster + count):
                 insort(self.items, index << 4 | code)
 
-    def add_many(self, kind: str, clusters: list[int]) -> None:
+    def add_many(self, kind: str, clusters: Iterable[int]) -> None:
         """The same for many single clusters at once."""
         code = _INDEX[kind]
         if code in self._checked:
