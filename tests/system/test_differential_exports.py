@@ -588,7 +588,7 @@ SESSIONS = [
     Session(
         "nbd-max-connections",
         [
-            null("n", size=65536),
+            null("n", size=65536, read_zeroes=True),
             cmd("nbd-server-start", addr={"type": "unix", "data": {"path": "nbd.sock"}}, max_connections=1),
             export("e", "n"),
             client("first", each((READ, 0, 512)), "n"),
