@@ -97,6 +97,34 @@ def test_repair_counts_snapshots_and_compressed_clusters(tmp_path: Path) -> None
     assert images.read_all(path, "qcow2", tmp_path / "raw")[:4096] == b"\1" * 4096
 
 
+def test_dirty_image_is_repaired_when_it_becomes_writable(tmp_path: Path) -> None:
+    """A flag that says wrongly that a snapshot's cluster is ours alone was in memory already."""
+    path = images.create(tmp_path / "disk", 2 * MiB, options="cluster_size=4k,lazy_refcounts=on")
+    images.io(path, "write -P 1 0 256k")
+    images.peers.run("qemu-img", "snapshot", "-c", "one", path)
+    image = bytearray(path.read_bytes())
+    l1 = int.from_bytes(image[40:48], "big")
+    table = int.from_bytes(image[l1 : l1 + 8], "big") & 0x00FFFFFFFFFFFE00
+    image[l1] |= 0x80
+    for index in range(64):
+        image[table + index * 8] |= 0x80
+    image[79] |= headers.INCOMPAT_DIRTY
+    path.write_bytes(image)
+
+    async def main() -> None:
+        async with opened(path, read_only=True) as node:
+            assert await node.pread(0, 256 * 1024) == b"\1" * (256 * 1024)
+            await node.graph.reopen([Options(node_name="q", file=FileOptions(filename=str(path)))])
+            await asyncio.gather(*(node.pwrite(i * 16384, b"\2" * 16384) for i in range(8)))
+            await node.flush()
+            assert await node.pread(0, 131072) == b"\2" * 131072
+
+    run(main())
+    images.assert_clean(path)
+    images.peers.run("qemu-img", "snapshot", "-a", "one", path)
+    assert images.read_all(path, "qcow2", tmp_path / "raw")[: 256 * 1024] == b"\1" * (256 * 1024)
+
+
 def test_dirty_image_that_cannot_be_repaired(tmp_path: Path) -> None:
     image = bytearray(crashed())
     l1 = int.from_bytes(image[40:48], "big")

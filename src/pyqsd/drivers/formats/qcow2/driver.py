@@ -66,6 +66,7 @@ class Qcow2(Driver):
         #: Whether writes may go on without another look at the header.
         self._ready = False
         self._repaired = False
+        self._preparing = asyncio.Lock()
         self._preallocated: bool | None = None
         self._clean_timer: asyncio.TimerHandle | None = None
         # What `map` needs, at hand: see `_adopt`.
@@ -177,13 +178,20 @@ class Qcow2(Driver):
             await image.cut_tail()
 
     async def _prepare_write(self) -> None:
+        """Before the first write. Raises OSError."""
         self.image.check_usable()
-        if not self._repaired:
-            # It was opened read-only and is dirty.
-            await self._repair()
-            self._repaired = True
-        await self.image.clear_autoclear()
-        self._ready = True
+        async with self._preparing:
+            if self._ready:
+                return
+            if not self._repaired:
+                # It was opened read-only, and may be dirty.
+                try:
+                    await self._repair()
+                except Error as exc:
+                    raise OSError(exc.errno or errno.EIO, exc.desc) from exc
+                self._repaired = True
+            await self.image.clear_autoclear()
+            self._ready = True
 
     # --- unused cache entries ----------------------------------------------------------------------------------------
 

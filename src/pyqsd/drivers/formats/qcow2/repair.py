@@ -74,6 +74,8 @@ async def rebuild_refcounts(image: Image) -> None:
     """Repair the refcounts and clear the dirty bit. Raises OSError when the image has worse errors than that."""
     references = await _count(image)
     await _correct_flags(image, references)
+    # What readers have in memory has the old flags.
+    image.l2.forget_all()
     await _write_new(image, references)
     await image.mark_clean()
 

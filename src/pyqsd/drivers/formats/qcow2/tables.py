@@ -73,6 +73,8 @@ class L2Tables:
         self.l1_dirty: set[int] = set()
         #: L1 indices whose L2 table is not on disk yet: what is not cached of it is all zero.
         self.unwritten: set[int] = set()
+        #: Counts how often the tables on disk were changed other than through this cache.
+        self._epoch = 0
         self._loading: dict[int, asyncio.Future[None]] = {}
         self._making: dict[int, asyncio.Future[None]] = {}
 
@@ -142,12 +144,15 @@ class L2Tables:
         self._loading[key] = done
         try:
             await self.make_room()
-            if key >> self.key_bits in self.unwritten:
-                entries = array("Q", bytes(self.slice_bytes))
-            else:
-                data = await self.image.file.pread(self.slice_offset(key), self.slice_bytes)
-                entries = array("Q", bytes(data))
-                entries.byteswap()
+            epoch = -1
+            while epoch != self._epoch:
+                epoch = self._epoch
+                if key >> self.key_bits in self.unwritten:
+                    entries = array("Q", bytes(self.slice_bytes))
+                else:
+                    data = await self.image.file.pread(self.slice_offset(key), self.slice_bytes)
+                    entries = array("Q", bytes(data))
+                    entries.byteswap()
             # A table made meanwhile may have brought the slice along.
             found = self.slices.get(key)
             if found is None:
@@ -183,6 +188,13 @@ class L2Tables:
     @staticmethod
     def _evictable(found: Slice) -> bool:
         return not found.hi and not found.pins and not found.busy
+
+    def forget_all(self) -> None:
+        """Forget all slices, which must be clean, because the tables on disk were changed."""
+        self._epoch += 1
+        for found in self.slices.values():
+            self.image.forget_slice(found)
+        self.slices.clear()
 
     def drop_unused(self) -> None:
         """Forget clean slices that were not used since the last call (``cache-clean-interval``)."""
