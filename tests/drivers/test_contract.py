@@ -1,6 +1,6 @@
 """What every driver owes, checked for each one in the registry: the day a driver is added, it is tested here.
 
-A driver needs an entry in `MAKERS`: how to make an empty image of `SIZE` bytes for it and the options to open that with.
+A driver needs an entry in `MAKERS`: how to make an empty image of `SIZE` bytes for it, and the options to open that.
 """
 
 from __future__ import annotations
