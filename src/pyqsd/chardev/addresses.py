@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import re
 import socket
 import stat
 from typing import Any
 
 from pyqsd.chardev.paths import encode
-from pyqsd.qapi.convert import parse_integer
 from pyqsd.qapi.errors import Error, from_oserror
 from pyqsd.qapi.types import Struct, Uint16
 
@@ -72,10 +72,69 @@ class FdSocketAddress(Struct):
     str_: str
 
 
-SocketAddress = InetSocketAddress | UnixSocketAddress | VsockSocketAddress | FdSocketAddress
+Plain = InetSocketAddress | UnixSocketAddress | VsockSocketAddress | FdSocketAddress
 
 
-def describe(address: SocketAddress) -> str:
+class SocketAddress(Struct, tag_field="type", tag="pyqsd-base"):
+    """Any of them, with its members beside its type."""
+
+
+class InetAddress(InetSocketAddress, SocketAddress, tag="inet"):
+    """The branch ``inet``."""
+
+
+class UnixAddress(UnixSocketAddress, SocketAddress, tag="unix"):
+    """The branch ``unix``."""
+
+
+class VsockAddress(VsockSocketAddress, SocketAddress, tag="vsock"):
+    """The branch ``vsock``."""
+
+
+class FdAddress(FdSocketAddress, SocketAddress, tag="fd"):
+    """The branch ``fd``."""
+
+
+class SocketAddressLegacy(Struct, tag_field="type", tag="pyqsd-base"):
+    """A socket address whose members are one level down, in ``data``."""
+
+    @property
+    def data(self) -> Any:
+        raise NotImplementedError
+
+
+class InetSocketAddressWrapper(SocketAddressLegacy, tag="inet"):
+    """The branch ``inet``."""
+
+    data: InetSocketAddress
+
+
+class UnixSocketAddressWrapper(SocketAddressLegacy, tag="unix"):
+    """The branch ``unix``."""
+
+    data: UnixSocketAddress
+
+
+class VsockSocketAddressWrapper(SocketAddressLegacy, tag="vsock"):
+    """The branch ``vsock``."""
+
+    data: VsockSocketAddress
+
+
+class FdSocketAddressWrapper(SocketAddressLegacy, tag="fd"):
+    """The branch ``fd``."""
+
+    data: FdSocketAddress
+
+
+def plain(address: SocketAddress | SocketAddressLegacy) -> Plain:
+    """The members of an address in either of its forms."""
+    data = address.data if isinstance(address, SocketAddressLegacy) else address
+    assert isinstance(data, InetSocketAddress | UnixSocketAddress | VsockSocketAddress | FdSocketAddress)
+    return data
+
+
+def describe(address: Plain) -> str:
     """How ``query-chardev`` spells an address."""
     match address:
         case InetSocketAddress():
@@ -90,7 +149,7 @@ def describe(address: SocketAddress) -> str:
             return f"fd:{address.str_}"
 
 
-def to_wire(address: SocketAddress) -> dict[str, Any]:
+def to_wire(address: Plain) -> dict[str, Any]:
     """The address as the flat QAPI union ``SocketAddress``."""
     kinds = {InetSocketAddress: "inet", UnixSocketAddress: "unix", VsockSocketAddress: "vsock", FdSocketAddress: "fd"}
     members = {
@@ -103,7 +162,7 @@ def to_wire(address: SocketAddress) -> dict[str, Any]:
     return {"type": kinds[type(address)], **members}
 
 
-def local_address(sock: socket.socket) -> SocketAddress:
+def local_address(sock: socket.socket) -> Plain:
     """The address that `sock` is bound to."""
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
@@ -159,6 +218,9 @@ async def _resolve(address: InetSocketAddress, passive: bool) -> list[tuple[int,
         family = socket.AF_INET if ipv4 else socket.AF_INET6
     elif not ipv4 and (ipv4 is False or ipv6 is False):
         family = socket.AF_INET6 if ipv4 is False else socket.AF_INET
+    elif ipv4 and passive and not address.host:
+        # One socket for both.
+        family = socket.AF_INET6
     flags = socket.AI_PASSIVE if passive else 0
     if address.numeric:
         flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
@@ -184,9 +246,8 @@ def _unix_name(address: UnixSocketAddress) -> bytes:
     """The name for the kernel. Raises Error when it is too long."""
     path = encode(address.path)
     if len(path) + 1 > _UNIX_PATH_MAX:
-        raise Error(
-            f"UNIX socket path '{address.path}' is too long", hint=f"Path must be less than {_UNIX_PATH_MAX} bytes"
-        )
+        most = _UNIX_PATH_MAX - bool(address.abstract)
+        raise Error(f"UNIX socket path '{address.path}' is too long", hint=f"Path must be less than {most} bytes")
     if not address.abstract:
         return path
     return b"\0" + path if address.tight is not False else (b"\0" + path).ljust(_UNIX_PATH_MAX, b"\0")
@@ -195,10 +256,9 @@ def _unix_name(address: UnixSocketAddress) -> bytes:
 def _vsock_name(address: VsockSocketAddress) -> tuple[int, int]:
     numbers = []
     for what, text in (("cid", address.cid), ("port", address.port)):
-        number = parse_integer(text)
-        if number is None or not 0 <= number < 1 << 32:
+        if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) >= 1 << 32:
             raise Error(f"Failed to parse {what} '{text}'")
-        numbers.append(number)
+        numbers.append(int(text))
     return numbers[0], numbers[1]
 
 
@@ -227,7 +287,7 @@ class Listener:
                 pass
 
 
-async def listen(address: SocketAddress, backlog: int = _BACKLOG) -> Listener:
+async def listen(address: Plain, backlog: int = _BACKLOG) -> Listener:
     """Listen on `address`. Raises Error."""
     match address:
         case InetSocketAddress():
@@ -239,6 +299,8 @@ async def listen(address: SocketAddress, backlog: int = _BACKLOG) -> Listener:
             try:
                 sock.listen(backlog)
             except OSError as exc:
+                # It stays whose it was.
+                sock.detach()
                 raise from_oserror(exc, "Failed to listen on fd socket") from exc
             return Listener([sock])
         case VsockSocketAddress():
@@ -289,8 +351,12 @@ def _tcp_socket(address: InetSocketAddress, family: int) -> socket.socket:
         raise from_oserror(exc, "Failed to create a socket") from exc
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     if family == socket.AF_INET6:
-        # Every family gets a socket of its own.
-        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        # Every family gets a socket of its own, unless both are asked for by name.
+        both = bool(address.ipv4 and address.ipv6)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if both else 1)
+    if address.keep_alive:
+        # Connections that are accepted inherit it.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     return sock
 
 
@@ -352,7 +418,7 @@ def _listen_vsock(address: VsockSocketAddress, backlog: int) -> Listener:
 # --- connecting -------------------------------------------------------------------------------------------------------
 
 
-async def connect(address: SocketAddress) -> socket.socket:
+async def connect(address: Plain) -> socket.socket:
     """A connection to `address`. Raises Error."""
     name: Any
     match address:

@@ -9,53 +9,24 @@ from typing import Annotated, Any
 from pyqsd.chardev import addresses
 from pyqsd.chardev.addresses import (
     FdSocketAddress,
+    FdSocketAddressWrapper,
     InetSocketAddress,
-    SocketAddress,
+    InetSocketAddressWrapper,
+    Plain,
+    SocketAddressLegacy,
     UnixSocketAddress,
-    VsockSocketAddress,
+    UnixSocketAddressWrapper,
 )
 from pyqsd.chardev.chardev import Chardev
 from pyqsd.chardev.options import ChardevBackend, ChardevCommon
 from pyqsd.chardev.opts import Opts
 from pyqsd.chardev.stream import Stream
 from pyqsd.qapi.errors import Error
-from pyqsd.qapi.types import Features, Struct
+from pyqsd.qapi.types import Features
 from pyqsd.trace import report
 
 #: Seconds after which a failed accept is tried again.
 _ACCEPT_AGAIN = 0.5
-
-
-class SocketAddressLegacy(Struct, tag_field="type", tag="pyqsd-base"):
-    """A socket address whose members are one level down, in ``data``."""
-
-    @property
-    def data(self) -> Any:
-        raise NotImplementedError
-
-
-class InetSocketAddressWrapper(SocketAddressLegacy, tag="inet"):
-    """The branch ``inet``."""
-
-    data: InetSocketAddress
-
-
-class UnixSocketAddressWrapper(SocketAddressLegacy, tag="unix"):
-    """The branch ``unix``."""
-
-    data: UnixSocketAddress
-
-
-class VsockSocketAddressWrapper(SocketAddressLegacy, tag="vsock"):
-    """The branch ``vsock``."""
-
-    data: VsockSocketAddress
-
-
-class FdSocketAddressWrapper(SocketAddressLegacy, tag="fd"):
-    """The branch ``fd``."""
-
-    data: FdSocketAddress
 
 
 class ChardevSocket(ChardevCommon, kw_only=True):
@@ -91,7 +62,7 @@ class SocketChardev(Chardev):
     def __init__(self, label: str, options: ChardevSocket) -> None:
         super().__init__(label, options)
         self._server = options.server is not False
-        self._address: SocketAddress = options.addr.data
+        self._address: Plain = options.addr.data
         self._retry_after = 0.0
         self._listener: addresses.Listener | None = None
         self._accepting = False

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pyqsd.chardev import addresses
 from pyqsd.exports.export import BlockExportRemoveMode, BlockExportType, Exports
-from pyqsd.exports.nbd import address as addresses
 from pyqsd.exports.nbd.server import NbdServer
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
@@ -33,7 +33,7 @@ async def nbd_server_start(
 ) -> None:
     """Start the NBD server; its exports are added afterwards."""
     server = exports.shared(NbdServer)
-    if isinstance(addr, addresses.FdAddressLegacy) and not server.running:
+    if isinstance(addr, addresses.FdSocketAddressWrapper) and not server.running:
         # Numbers of file descriptors mean something to who started the process, not to a client of a monitor.
         raise Error("only QEMU supports file descriptor passing")
     await server.start(

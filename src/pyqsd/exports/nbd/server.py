@@ -9,8 +9,8 @@ import socket
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from pyqsd.chardev import addresses
 from pyqsd.exports.export import BlockExportType, Exports
-from pyqsd.exports.nbd import address as addresses
 from pyqsd.exports.nbd.connection import Connection
 from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import Struct, Uint32
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 DEFAULT_HANDSHAKE_SECONDS = 10
 DEFAULT_MAX_CONNECTIONS = 100
+#: Connections that may wait to be accepted.
+_BACKLOG = 4096
 #: Connections that are accepted at once before others get their turn.
 _ACCEPTS = 16
 #: Seconds until accepting is tried again after the system had no resources for it.
@@ -50,7 +52,7 @@ class NbdServer:
         self.running = False
         self.max_connections = DEFAULT_MAX_CONNECTIONS
         self._handshake_seconds = DEFAULT_HANDSHAKE_SECONDS
-        self._listeners: list[addresses.Listener] = []
+        self._listener: addresses.Listener | None = None
         self._connections: set[Connection] = set()
         #: Whose requests were the last to be handled.
         self.last_served: Connection | None = None
@@ -98,15 +100,14 @@ class NbdServer:
             raise Error("NBD server already running")
         self.running = True
         try:
-            listeners = await addresses.listen(addresses.plain(address))
+            listener = await addresses.listen(addresses.plain(address), _BACKLOG)
             if tls_creds is not None:
-                for listener in listeners:
-                    listener.close()
+                listener.close()
                 raise Error(f"No TLS credentials with id '{tls_creds}'")
         except BaseException:
             self.running = False
             raise
-        self._listeners = listeners
+        self._listener = listener
         self._handshake_seconds = DEFAULT_HANDSHAKE_SECONDS if handshake_max_seconds is None else handshake_max_seconds
         self.max_connections = DEFAULT_MAX_CONNECTIONS if max_connections is None else max_connections
         self._accept_more()
@@ -134,9 +135,9 @@ class NbdServer:
             self._all_gone.clear()
             await self._all_gone.wait()
         self._all_gone = None
-        for listener in self._listeners:
-            listener.close()
-        self._listeners = []
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         self.running = False
 
     async def close(self) -> None:
@@ -146,7 +147,10 @@ class NbdServer:
 
     def names(self) -> list[object]:
         """The addresses that it listens on, as the sockets have them."""
-        return [listener.sock.getsockname() for listener in self._listeners]
+        return [sock.getsockname() for sock in self._sockets()]
+
+    def _sockets(self) -> list[socket.socket]:
+        return self._listener.sockets if self._listener is not None else []
 
     # --- accepting --------------------------------------------------------------------------------------------------
 
@@ -166,11 +170,11 @@ class NbdServer:
     def _accept_more(self) -> None:
         if self._accepting or self._held or self._retry is not None or self._all_gone is not None or self._full():
             return
-        if not self._listeners:
+        if self._listener is None:
             return
         loop = asyncio.get_running_loop()
-        for listener in self._listeners:
-            loop.add_reader(listener.sock.fileno(), self._accept, listener)
+        for sock in self._listener.sockets:
+            loop.add_reader(sock, self._accept, sock)
         self._accepting = True
 
     def _accept_none(self) -> None:
@@ -180,16 +184,16 @@ class NbdServer:
         if self._accepting:
             self._accepting = False
             loop = asyncio.get_running_loop()
-            for listener in self._listeners:
-                loop.remove_reader(listener.sock.fileno())
+            for sock in self._sockets():
+                loop.remove_reader(sock)
 
-    def _accept(self, listener: addresses.Listener) -> None:
+    def _accept(self, listening: socket.socket) -> None:
         for _ in range(_ACCEPTS):
             if self._full():
                 self._accept_none()
                 return
             try:
-                sock, _ = listener.sock.accept()
+                sock, _ = listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as exc:
