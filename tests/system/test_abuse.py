@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import resource
@@ -519,6 +520,31 @@ def test_stopped_client_does_not_hold_shutdown(served: DaemonProcess) -> None:
     """A connected client that does nothing does not delay the end."""
     with NbdClient(served.workdir / "nbd.sock", "victim"), NbdClient(served.workdir / "nbd.sock"):
         assert served.terminate(timeout=10) == 0
+
+
+def test_signal_in_another_thread(served: DaemonProcess) -> None:
+    """A signal that the kernel gives to a worker thread while the loop sleeps ends the daemon like any other."""
+    with NbdClient(served.workdir / "nbd.sock", "victim") as client:
+        client.pwrite(0, b"x")
+        client.flush()
+        client.disconnect()
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def others() -> list[int]:
+        tasks = Path(f"/proc/{served.pid}/task")
+        names = {int(task.name): (task / "comm").read_text().strip() for task in tasks.iterdir()}
+        return [tid for tid, name in names.items() if tid != served.pid and name == names[served.pid]]
+
+    if not others():
+        # Everything is done in the loop or by io_uring: have the driver ask for holes, which is a worker's.
+        with NbdClient(served.workdir / "nbd.sock", "other", contexts=("base:allocation",)) as client:
+            client.block_status(0, 4096)
+            client.disconnect()
+    (tid, *_) = others()
+    sys_tgkill = {"x86_64": 234, "aarch64": 131}[os.uname().machine]
+    assert libc.syscall(sys_tgkill, served.pid, tid, int(signal.SIGTERM)) == 0
+    assert served.wait(10) == 0
+    served.ended_by_test = True
 
 
 def test_wrong_images_from_the_command_line(image_set: Path, tmp_path: Path) -> None:

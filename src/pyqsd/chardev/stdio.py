@@ -60,6 +60,8 @@ class StdioChardev(FdChardev):
             self._mode = termios.tcgetattr(0)
             # Whoever stopped and continued this program may have changed the mode.
             try:
+                self._wakeup_fd = signal.set_wakeup_fd(-1)
+                signal.set_wakeup_fd(self._wakeup_fd)
                 asyncio.get_running_loop().add_signal_handler(signal.SIGCONT, self._set_mode)
             except (RuntimeError, ValueError):
                 pass  # only the main thread's loop can have signals
@@ -118,6 +120,8 @@ class StdioChardev(FdChardev):
         if self._mode is not None:
             try:
                 asyncio.get_running_loop().remove_signal_handler(signal.SIGCONT)
+                # Which the loop has taken away with its last handler.
+                signal.set_wakeup_fd(self._wakeup_fd)
             except (RuntimeError, ValueError):
                 pass
         self._restore()

@@ -95,6 +95,10 @@ async def _run(words: Sequence[Word], background: Background | None) -> int:
     # at any time.
     for number in SIGNALS:
         signal.signal(number, caught)
+    # A signal that arrives just before the loop goes to sleep, or in another thread, wakes it through this pipe.
+    awake, alarm = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    loop.add_reader(awake, _drain, awake)
+    signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
     pidfile = None
     try:
         status = 1
@@ -124,8 +128,19 @@ async def _run(words: Sequence[Word], background: Background | None) -> int:
     finally:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        signal.set_wakeup_fd(-1)
+        loop.remove_reader(awake)
+        os.close(awake)
+        os.close(alarm)
         if pidfile is not None:
             pidfile.remove()
+
+
+def _drain(fd: int) -> None:
+    try:
+        os.read(fd, 512)
+    except BlockingIOError:
+        pass
 
 
 async def _start(daemon: Daemon, words: Sequence[Word], background: Background | None) -> Pidfile | None:
