@@ -514,6 +514,10 @@ class Connection:
                         done = read_now(offset, length, [tx[at:stop]])
                     except OSError:
                         done = False
+                    if not done:
+                        misses += 1
+                        if misses >= _MISSES:
+                            cold = _COLD
                 if done:
                     misses = 0
                     if mode == 1:
@@ -525,10 +529,6 @@ class Connection:
                     filled = stop
                     position += header_size
                     continue
-                if not cold:
-                    misses += 1
-                    if misses >= _MISSES:
-                        cold = _COLD
                 position += header_size
                 buffer = POOL.get(length)
                 coro = export.backend.preadv(offset, length, [buffer.data[:length]])
@@ -555,6 +555,10 @@ class Connection:
                         done = write_now(offset, length, [rx[at : at + length]])
                     except OSError:
                         done = False
+                    if not done:
+                        write_misses += 1
+                        if write_misses >= _MISSES:
+                            cold_writes = _COLD
                 if done:
                     write_misses = 0
                     if mode != 2:
@@ -565,10 +569,6 @@ class Connection:
                         filled += 32
                     position = at + length
                     continue
-                if not cold_writes:
-                    write_misses += 1
-                    if write_misses >= _MISSES:
-                        cold_writes = _COLD
                 if export.backend.node.active:
                     position = self._write_request(flags, cookie, offset, length, at, end)
                     if self._blocked():
