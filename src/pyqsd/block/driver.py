@@ -34,6 +34,8 @@ NO_FALLBACK = 0x04
 WRITE_UNCHANGED = 0x08
 #: The data is to be stored compressed.
 WRITE_COMPRESSED = 0x10
+#: Rather left to a worker than done in the loop's thread: there is much to copy, and others can go on meanwhile.
+BACKGROUND = 0x20
 
 # Roles of a child (they decide its default permissions and inherited options).
 #: Guest-visible data is read and written through it.

@@ -14,7 +14,7 @@ import errno
 from typing import TYPE_CHECKING
 
 from pyqsd.block import iov as iovs
-from pyqsd.block.driver import NO_FALLBACK
+from pyqsd.block.driver import BACKGROUND, NO_FALLBACK
 from pyqsd.drivers.formats.qcow2 import compression
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.refcounts import MissingBlock
@@ -32,6 +32,9 @@ _FREED_MOST = 64 << 20
 
 #: New refcount blocks that may be in memory beyond the size of the cache before some must go.
 _BLOCKS_MORE = 16
+#: Writes to new clusters from this length (bytes) on are the worker's: the kernel has to find memory for every page of
+#: them, which takes several times as long as receiving the data. For shorter ones the way there costs more.
+_BACKGROUND_FROM = 512 << 10
 
 IN_PLACE = 1
 REUSE = 2
@@ -321,7 +324,9 @@ class Writer:
         file = image.file
         if host + head + length > file.length:
             await image.reserve(host + head + length)
-        if not file.write_now(host + head, length, iov):
+        if length >= _BACKGROUND_FROM:
+            await file.pwritev(host + head, length, iov, BACKGROUND)
+        elif not file.write_now(host + head, length, iov):
             await file.pwritev(host + head, length, iov)
 
     async def _zero_by_call(self, host: int, length: int) -> bool:
