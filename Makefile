@@ -4,13 +4,14 @@ VENV ?= .venv
 PYTHON_VENV = $(VENV)/bin/python
 export VENV
 
-.PHONY: help run test lint format bench docs clean
+.PHONY: help run test lint format bench soak docs clean
 
 help:
 	@echo "make run [IMAGE=disk.qcow2] [FORMAT=raw|qcow2] [READONLY=1]   serve an image over NBD, controlled over QMP"
 	@echo "make test [ARGS='-k nbd']                                     run the tests"
 	@echo "make lint                                                     check style, types and the order of imports"
 	@echo "make bench                                                    compare the speed with qemu-storage-daemon and nbdkit"
+	@echo "make soak [ARGS='--minutes 10']                               run the random tests for longer"
 	@echo "make docs                                                     write the QMP reference to build/docs/"
 
 run:
@@ -37,6 +38,10 @@ format:
 bench:
 	@scripts/prepare test
 	$(PYTHON_VENV) -m benchmarks $(ARGS)
+
+soak:
+	@scripts/prepare test
+	$(PYTHON_VENV) -m tests.soak $(ARGS)
 
 docs:
 	@scripts/prepare run
