@@ -158,9 +158,9 @@ def test_client_that_comes_back(kind: str, tmp_path: Path) -> None:
     listening.close()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_inherited_listening_socket(kind: str, tmp_path: Path) -> None:
-    """The socket is there before the daemon: a client may connect at once, and is served when it is up."""
+def test_inherited_listening_socket(tmp_path: Path) -> None:
+    """The socket is there before the daemon: a client may connect at once, and is served when it is up. (QSD reads what
+    such a client has sent in two threads while it starts, and now and then answers with a parse error.)"""
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(str(tmp_path / "s"))
         listening.listen()
@@ -169,7 +169,7 @@ def test_inherited_listening_socket(kind: str, tmp_path: Path) -> None:
             peer.connect(str(tmp_path / "s"))
             peer.sendall(COMMANDS)
             args = ["--chardev", f"socket,id=c,fd={fd},server=on,wait=off", "--monitor", "c"]
-            with daemon(kind, *args, cwd=tmp_path, stdin=subprocess.DEVNULL, pass_fds=[fd]) as process:
+            with daemon("pyqsd", *args, cwd=tmp_path, stdin=subprocess.DEVNULL, pass_fds=[fd]) as process:
                 assert "return" in lines(read_lines(peer.fileno(), 4))[-1]
                 assert process.wait(TIMEOUT) == 0
 
