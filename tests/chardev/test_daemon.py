@@ -20,7 +20,7 @@ import pytest
 from qemu.qmp import QMPClient
 
 from tests.support import peers
-from tests.support.daemon import DaemonProcess, argv_of, poll
+from tests.support.daemon import DaemonProcess, argv_of, may_announce, poll, wait_announced
 from tests.support.qmp import QmpClient
 
 TIMEOUT = 20.0
@@ -29,8 +29,12 @@ KINDS = ["qsd", "pyqsd"]
 
 @contextmanager
 def daemon(kind: str, *args: str, cwd: Path, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    process = subprocess.Popen([*argv_of(kind), *args], cwd=cwd, stderr=subprocess.PIPE, **options)
+    pidfile = cwd.with_name(cwd.name + ".ready") if kind == "qsd" and may_announce(args) else None
+    more = ["--pidfile", str(pidfile)] if pidfile is not None else []
+    process = subprocess.Popen([*argv_of(kind), *args, *more], cwd=cwd, stderr=subprocess.PIPE, **options)
     try:
+        if pidfile is not None:
+            wait_announced(process, pidfile)
         yield process
     finally:
         process.kill()

@@ -7,8 +7,10 @@ import json
 import os
 import select
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from pyqsd.monitor.commands import VERSION
@@ -17,6 +19,7 @@ from pyqsd.monitor.session import Session
 from pyqsd.qapi.command import COMMANDS, Command
 from pyqsd.qapi.json_writer import to_wire
 from tests.support import peers
+from tests.support.daemon import wait_announced
 
 TIMEOUT = 20.0
 NEGOTIATE = b'{"execute": "qmp_capabilities"}\n'
@@ -98,11 +101,13 @@ class Theirs:
 
     def __init__(self, *, pretty: bool = False) -> None:
         monitor = "chardev=c,pretty=on" if pretty else "chardev=c"
+        self._directory = tempfile.TemporaryDirectory()
+        pidfile = Path(self._directory.name) / "ready"
+        argv = [peers.require("qemu-storage-daemon"), "--chardev", "stdio,id=c", "--monitor", monitor]
         self.process = subprocess.Popen(
-            [peers.require("qemu-storage-daemon"), "--chardev", "stdio,id=c", "--monitor", monitor],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [*argv, "--pidfile", str(pidfile)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
+        wait_announced(self.process, pidfile)
         assert self.process.stdin is not None and self.process.stdout is not None
         self.input = self.process.stdin.fileno()
         self.output = self.process.stdout.fileno()
@@ -114,6 +119,7 @@ class Theirs:
     def __exit__(self, *exc: object) -> None:
         self.process.kill()
         self.process.communicate()
+        self._directory.cleanup()
 
     def talk(self, data: bytes, end: bytes) -> bytes:
         """Sends `data` and reads until `end` has come."""
