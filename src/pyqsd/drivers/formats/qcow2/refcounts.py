@@ -15,6 +15,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2.cached import Cached
 
 if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.image import Image
@@ -38,27 +39,15 @@ class MissingBlock(Exception):
         self.together = together
 
 
-class Block:
-    """A refcount block: the counts of consecutive clusters. `lo`, `hi`: entries that are not on disk yet."""
+class Block(Cached):
+    """A refcount block: the counts of consecutive clusters."""
 
-    __slots__ = ("busy", "counts", "hi", "lo", "offset", "used")
+    __slots__ = ("counts", "offset")
 
     def __init__(self, offset: int, counts: Counts) -> None:
+        super().__init__()
         self.offset = offset
         self.counts = counts
-        self.lo = 0
-        self.hi = 0
-        self.used = True
-        self.busy = False
-
-    def touched(self, lo: int, hi: int) -> None:
-        if self.hi == 0:
-            self.lo, self.hi = lo, hi
-        else:
-            if lo < self.lo:
-                self.lo = lo
-            if hi > self.hi:
-                self.hi = hi
 
 
 class Counts:

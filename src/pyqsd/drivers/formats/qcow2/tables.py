@@ -13,6 +13,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2.cached import Cached
 
 if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.image import Image
@@ -27,30 +28,16 @@ ALL_ALLOCATED = (1 << 32) - 1
 ALL_ZERO = ALL_ALLOCATED << 32
 
 
-class Slice:
-    """A piece of an L2 table. `entries`: native integers; `lo`, `hi`: the entries that are not on disk yet; `pins`:
-    requests that rely on this very object; `busy`: being written."""
+class Slice(Cached):
+    """A piece of an L2 table. `entries`: native integers; `pins`: requests that rely on this very object."""
 
-    __slots__ = ("busy", "entries", "hi", "key", "lo", "pins", "used")
+    __slots__ = ("entries", "key", "pins")
 
     def __init__(self, key: int, entries: array[int]) -> None:
+        super().__init__()
         self.key = key
         self.entries = entries
-        self.lo = 0
-        self.hi = 0
         self.pins = 0
-        self.busy = False
-        self.used = True
-
-    def touched(self, lo: int, hi: int) -> None:
-        """The entries ``[lo, hi)`` were changed."""
-        if self.hi == 0:
-            self.lo, self.hi = lo, hi
-        else:
-            if lo < self.lo:
-                self.lo = lo
-            if hi > self.hi:
-                self.hi = hi
 
 
 class L2Tables:
