@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import stat
-from typing import Annotated
 
 from pyqsd.block.info import BlockStatsSpecific
-from pyqsd.block.options import BlockdevOptions
-from pyqsd.drivers.protocols._options import BlockdevAioOptions, OnOffAuto
+from pyqsd.drivers.protocols._options import PosixOptions
 from pyqsd.drivers.protocols._posix import PosixDriver
 from pyqsd.qapi.errors import Error
-from pyqsd.qapi.types import Features, Int64, Uint64
+from pyqsd.qapi.types import Uint64
 
 
-class Options(BlockdevOptions, kw_only=True, tag="host_device"):
+class Options(PosixOptions, tag="host_device"):
     """QAPI ``BlockdevOptionsFile``."""
 
     __features__ = ("dynamic-auto-read-only",)
-
-    filename: str
-    pr_manager: str | None = None
-    locking: OnOffAuto | None = None
-    aio: BlockdevAioOptions | None = None
-    aio_max_batch: Int64 | None = None
-    drop_cache: bool | None = None
-    x_check_cache_dropped: Annotated[bool | None, Features("unstable")] = None
 
 
 class BlockStatsSpecificHostDevice(BlockStatsSpecific, tag="host_device"):
