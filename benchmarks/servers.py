@@ -18,26 +18,37 @@ EXPORT = "disk"
 START_TIMEOUT = 30.0
 
 
+#: The passphrase of encrypted images.
+PASSPHRASE = "benchmark"
+
+
 @dataclass(frozen=True)
 class Image:
-    """What is served: `fmt` is raw or qcow2; with `direct`, the file is opened with O_DIRECT."""
+    """What is served: `fmt` is raw or qcow2; with `direct`, the file is opened with O_DIRECT; with `encrypted`, the
+    image is opened with `PASSPHRASE`; with `compress`, what is written to it is stored compressed."""
 
     path: Path
     fmt: str
     direct: bool = False
+    encrypted: bool = False
+    compress: bool = False
 
 
 def daemon_argv(command: list[str], image: Image, sock: str, qmp: str | None, aio: str | None) -> list[str]:
     """QSD's command line, which is pyqsd's as well."""
-    node = {
-        "driver": image.fmt,
-        "node-name": EXPORT,
-        "file": {"driver": "file", "filename": str(image.path), "cache": {"direct": image.direct}},
-        "cache": {"direct": image.direct},
-    }
+    cache = {"direct": image.direct}
+    file: dict[str, object] = {"driver": "file", "filename": str(image.path), "cache": cache}
     if aio:
-        node["file"]["aio"] = aio  # type: ignore[index]
-    argv = [*command, "--blockdev", json.dumps(node), "--nbd-server", f"addr.type=unix,addr.path={sock}"]
+        file["aio"] = aio
+    node: dict[str, object] = {"driver": image.fmt, "file": file, "cache": cache}
+    argv = [*command]
+    if image.encrypted:
+        argv += ["--object", f"secret,id=passphrase,data={PASSPHRASE}"]
+        node["encrypt"] = {"format": "luks", "key-secret": "passphrase"}
+    if image.compress:
+        node = {"driver": "compress", "file": node}
+    node["node-name"] = EXPORT
+    argv += ["--blockdev", json.dumps(node), "--nbd-server", f"addr.type=unix,addr.path={sock}"]
     argv += ["--export", f"nbd,id=export,node-name={EXPORT},writable=on"]
     if qmp:
         argv += ["--chardev", f"socket,id=qmp,path={qmp},server=on,wait=off", "--monitor", "chardev=qmp"]
