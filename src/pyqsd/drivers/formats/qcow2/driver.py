@@ -120,7 +120,7 @@ class Qcow2(Driver):
         self._unmapper = Unmapper(image, self._writer)
         image.forget_slice = self._forget_slice
         image.forget_all = self._forget_all
-        self._file = image.file
+        self._data = image.data
         self._slices = l2.slices
         self._slice_shift = l2.slice_shift
         self._slice_mask = l2.slice_entries - 1
@@ -270,7 +270,7 @@ class Qcow2(Driver):
                 n = length
         else:
             n = length
-        return (n, _STORED, self._file, host + within)
+        return (n, _STORED, self._data, host + within)
 
     def _map_other(self, entries: array[int], at: int, entry: int, n: int, length: int, within: int) -> Extent | None:
         """`map` for everything but ordinary clusters; `n`: bytes to the end of the cluster."""
@@ -293,9 +293,9 @@ class Qcow2(Driver):
             n += size
         n = min(n, length)
         if not zero:
-            return (n, 0, None, 0) if not host else (n, _STORED, self._file, host + within)
+            return (n, 0, None, 0) if not host else (n, _STORED, self._data, host + within)
         if host:
-            return (n, ZERO | ALLOCATED | OFFSET_VALID, self._file, host + within)
+            return (n, ZERO | ALLOCATED | OFFSET_VALID, self._data, host + within)
         return (n, ZERO | ALLOCATED, None, 0)
 
     def _map_extended(self, offset: int, length: int) -> Extent | None:
@@ -391,7 +391,7 @@ class Qcow2(Driver):
         if self.image.meta.hit(host >> self._bits, count) is not None:
             # `pwritev` says what is wrong.
             return None
-        return (n, self._file, host + within)
+        return (n, self._data, host + within)
 
     async def block_status(self, offset: int, length: int, want_zero: bool) -> Extent:
         extent = await self.load_map(offset, length)
@@ -406,12 +406,12 @@ class Qcow2(Driver):
         """Whether far more clusters are in use than the file occupies on the host, so that it is worth asking there
         where the zeroes are."""
         image = self.image
-        occupied = self._file.driver.allocated_size()
+        occupied = image.file.driver.allocated_size()
         if occupied is None:
             return False
         clusters = occupied >> self._bits
         least = max(clusters * 10 // 9, clusters + 2)
-        return await image.refcounts.at_least_in_use(least, self._file.length >> self._bits)
+        return await image.refcounts.at_least_in_use(least, image.file.length >> self._bits)
 
     # --- I/O -----------------------------------------------------------------------------------------------------
 

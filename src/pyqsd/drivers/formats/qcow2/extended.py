@@ -52,11 +52,11 @@ def map_entry(image: Image, found: Slice, offset: int, length: int) -> Extent | 
         following += 1
     n = min(length, (following << image.unit_bits) - within)
     if kind == 1:
-        return (n, _STORED, image.file, host + within)
+        return (n, _STORED, image.data, host + within)
     if not kind:
         return (n, 0, None, 0)
     if host:
-        return (n, READS_ZERO | ALLOCATED | OFFSET_VALID, image.file, host + within)
+        return (n, READS_ZERO | ALLOCATED | OFFSET_VALID, image.data, host + within)
     return (n, READS_ZERO | ALLOCATED, None, 0)
 
 
@@ -74,7 +74,7 @@ def map_write(image: Image, found: Slice, offset: int, length: int) -> tuple[int
         return None
     if image.meta.hit(host >> image.cluster_bits, 1) is not None:
         return None
-    return (n, image.file, host + within)
+    return (n, image.data, host + within)
 
 
 class ExtendedWriter(Writer):
@@ -197,7 +197,7 @@ class ExtendedWriter(Writer):
                 following += 1
             n = min(length - at, (following << image.unit_bits) - within - at)
             if kind == 1:
-                await image.file.preadv(host + within + at, n, [data[at : at + n]])
+                await image.data.preadv(host + within + at, n, [data[at : at + n]])
             elif not kind and image.backing is not None:
                 await self._read_backing(offset + at, data[at : at + n])
             at += n

@@ -30,7 +30,9 @@ _RESERVE_MOST = 64 << 20
 
 
 class Image:
-    """What the parts of the driver share. `file` is the node with the image file; sizes and offsets are bytes."""
+    """What the parts of the driver share. `file` is the node with the image file, and `data` the one with the guest's
+    data: every access to ordinary clusters goes there; all metadata and compressed clusters are in `file`. Sizes and
+    offsets are bytes."""
 
     l2: L2Tables
     refcounts: Refcounts
@@ -39,6 +41,7 @@ class Image:
     def __init__(self, node: Node, file: Node, header: Header, settings: Settings) -> None:
         self.node = node
         self.file = file
+        self.data = file
         self.header = header
         self.settings = settings
         self.cluster_bits = header.cluster_bits

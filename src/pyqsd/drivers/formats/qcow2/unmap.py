@@ -235,7 +235,7 @@ class Unmapper:
                 if host == end:
                     end += image.cluster_size
                     continue
-                await image.writeback.discard(start, end - start)
+                await image.writeback.discard(image.data, start, end - start)
                 start, end = host, host + image.cluster_size
         finally:
             self.writer.finished(request)

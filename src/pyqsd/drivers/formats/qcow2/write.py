@@ -196,13 +196,13 @@ class Writer:
     async def _write_in_place(self, first: int, count: int, host: int, length: int, iov: list[memoryview]) -> None:
         image = self.image
         image.check_overlap(host >> image.cluster_bits, count)
-        file = image.file
-        if file.write_now(host, length, iov):
+        data = image.data
+        if data.write_now(host, length, iov):
             return
         request = InFlight(first, first + count - 1, False)
         self.in_flight.append(request)
         try:
-            await file.pwritev(host, length, iov)
+            await data.pwritev(host, length, iov)
         finally:
             self.finished(request)
 
@@ -321,17 +321,17 @@ class Writer:
             if tail and not (fresh and after is None):
                 iov = iov + (iovs.zero_views(tail) if after is None else [after])
                 length += tail
-        file = image.file
-        if host + head + length > file.length:
+        data = image.data
+        if host + head + length > data.length:
             await image.reserve(host + head + length)
         if length >= _BACKGROUND_FROM:
-            await file.pwritev(host + head, length, iov, BACKGROUND)
-        elif not file.write_now(host + head, length, iov):
-            await file.pwritev(host + head, length, iov)
+            await data.pwritev(host + head, length, iov, BACKGROUND)
+        elif not data.write_now(host + head, length, iov):
+            await data.pwritev(host + head, length, iov)
 
     async def _zero_by_call(self, host: int, length: int) -> bool:
         try:
-            await self.image.file.pwrite_zeroes(host, length, NO_FALLBACK)
+            await self.image.data.pwrite_zeroes(host, length, NO_FALLBACK)
         except OSError as exc:
             if exc.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
                 raise
@@ -363,8 +363,8 @@ class Writer:
         if entry & OFFSET_MASK:
             iov = [data]
             at = (entry & OFFSET_MASK) + within
-            if not image.file.read_now(at, length, iov):
-                await image.file.preadv(at, length, iov)
+            if not image.data.read_now(at, length, iov):
+                await image.data.preadv(at, length, iov)
         else:
             await self._read_backing(offset, data)
         return data

@@ -24,6 +24,7 @@ from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.tables import OFFSET_MASK
 
 if TYPE_CHECKING:
+    from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.image import Image
     from pyqsd.drivers.formats.qcow2.tables import Slice
 
@@ -159,6 +160,8 @@ class WriteBack:
         image = self.image
         image.barrier = False
         try:
+            if image.data is not image.file:
+                await image.data.flush()
             await image.file.flush()
         except BaseException:
             image.barrier = True
@@ -192,7 +195,7 @@ class WriteBack:
                 # The space goes back before the count goes down: a cluster that is free may be written to at once.
                 if wanted[kind]:
                     for start, n in await image.refcounts.last_references(first, count):
-                        await self.discard(start << image.cluster_bits, n << image.cluster_bits)
+                        await self.discard(image.file, start << image.cluster_bits, n << image.cluster_bits)
                 await image.refcounts.decrease(first, count)
             except OSError:
                 # Leaked, no worse; the rest of them may still work out.
@@ -200,13 +203,12 @@ class WriteBack:
                     raise
                 continue
 
-    async def discard(self, offset: int, length: int) -> None:
-        """Give space of the image file back; that may fail without harm."""
-        image = self.image
+    async def discard(self, node: Node, offset: int, length: int) -> None:
+        """Give space of the image file, or of the data file, back; that may fail without harm."""
         try:
-            end = min(offset + length, image.file.length)
+            end = min(offset + length, node.length)
             if end > offset:
-                await image.file.pdiscard(offset, end - offset)
+                await node.pdiscard(offset, end - offset)
         except OSError as exc:
             if exc.errno == errno.ENOMEDIUM:
                 raise
