@@ -76,7 +76,9 @@ class Runner:
     def __init__(
         self, kind: str, workdir: Path, image: dict[str, Any], model: bytearray, *, extended: bool = False
     ) -> None:
-        """`image`: the options of the file node, with the format as `driver` and its own options under `format`."""
+        """`image`: the options of the file node under `file`, the format as `driver` with its own options under
+        `format`; and if there are any: options of the backing file's node under `backing`, of objects under `objects`,
+        of nodes that the format node refers to under `nodes`, of a filter above it under `filter`."""
         self.workdir = workdir
         self.image = image
         self.model = model
@@ -87,14 +89,24 @@ class Runner:
 
     def node_options(self) -> dict[str, Any]:
         options = {"driver": self.image["driver"], "node-name": "disk", "file": "file", **self.image.get("format", {})}
-        return {**options, "backing": "base"} if "backing" in self.image else options
+        if "backing" in self.image:
+            options["backing"] = "base"
+        if "filter" in self.image:
+            options["node-name"] = "format"
+        return options
 
     def open(self) -> None:
         qmp = self.daemon.qmp
+        for options in self.image.get("objects", ()):
+            qmp.execute("object-add", **options)
+        for options in self.image.get("nodes", ()):
+            qmp.execute("blockdev-add", **options)
         if "backing" in self.image:
             qmp.execute("blockdev-add", **{"node-name": "base", "read-only": True, **self.image["backing"]})
         qmp.execute("blockdev-add", **{"driver": "file", "node-name": "file", **self.image["file"]})
         qmp.execute("blockdev-add", **self.node_options())
+        if "filter" in self.image:
+            qmp.execute("blockdev-add", **{"node-name": "disk", "file": "format", **self.image["filter"]})
         self.export()
 
     def export(self) -> None:
@@ -112,8 +124,9 @@ class Runner:
 
     def close(self) -> None:
         self.unexport()
-        self.daemon.qmp.execute("blockdev-del", node_name="disk")
-        self.daemon.qmp.execute("blockdev-del", node_name="file")
+        nodes = ["disk", *(["format"] if "filter" in self.image else []), "file"]
+        for name in [*nodes, *(options["node-name"] for options in self.image.get("nodes", ()))]:
+            self.daemon.qmp.execute("blockdev-del", node_name=name)
 
     def run(self, steps: list[Step]) -> None:
         with self.daemon:
