@@ -15,6 +15,7 @@ import pytest
 from pyqsd.block.driver import MAY_UNMAP
 from pyqsd.block.node import Node
 from pyqsd.drivers.formats.qcow2.create import empty_image
+from tests.drivers.qcow2.crash import after_kill, after_power_cut
 from tests.drivers.qcow2.support import LogFile, close, open_logged, run
 from tests.support import images
 
@@ -87,65 +88,6 @@ async def _requests(node: Node, below: LogFile, history: History, seed: int, cou
             history.flushes.append((len(below.log), complete))
 
 
-def _apply(image: bytearray, entry: tuple[Any, ...]) -> None:
-    kind = entry[0]
-    if kind == "write":
-        _, offset, data = entry
-        if offset + len(data) > len(image):
-            image.extend(bytes(offset + len(data) - len(image)))
-        image[offset : offset + len(data)] = data
-    elif kind == "zero":
-        _, offset, length = entry
-        if offset + length > len(image):
-            image.extend(bytes(offset + length - len(image)))
-        image[offset : offset + length] = bytes(length)
-    elif kind == "resize":
-        image.extend(bytes(max(0, entry[1] - len(image))))
-        del image[entry[1] :]
-
-
-def _pieces(entry: tuple[Any, ...], rnd: random.Random) -> list[tuple[Any, ...]]:
-    """Pages of a write reach the disk one by one."""
-    if entry[0] != "write":
-        return [entry]
-    _, offset, data = entry
-    found: list[tuple[Any, ...]] = []
-    at = 0
-    while at < len(data):
-        n = 4096 - (offset + at) % 4096
-        found.append(("write", offset + at, data[at : at + n]))
-        at += n
-    return found
-
-
-def _after_kill(image: bytes, log: list[tuple[Any, ...]], cut: int) -> bytes:
-    result = bytearray(image)
-    for entry in log[:cut]:
-        _apply(result, entry)
-    return bytes(result)
-
-
-def _after_power_cut(image: bytes, log: list[tuple[Any, ...]], cut: int, rnd: random.Random) -> bytes:
-    result = bytearray(image)
-    durable = max((entry[1] for entry in log[:cut] if entry[0] == "flush"), default=0)
-    for entry in log[:durable]:
-        _apply(result, entry)
-    pending = [piece for entry in log[durable:cut] for piece in _pieces(entry, rnd)]
-    chance = rnd.choice((0.1, 0.5, 0.9))
-    chosen = [piece for piece in pending if rnd.random() < chance]
-    if rnd.random() < 0.5:
-        # Pages of different places go in any order.
-        rnd.shuffle(chosen)
-        last: dict[int, tuple[Any, ...]] = {}
-        for piece in pending:
-            if piece in chosen and piece[0] == "write":
-                last[piece[1]] = piece
-        chosen = [p for p in chosen if p[0] != "write"] + list(last.values())
-    for piece in chosen:
-        _apply(result, piece)
-    return bytes(result)
-
-
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
     # name: (creation, node options, disk size, largest request)
     "512": ({"cluster_size": 512}, {}, 1 << 20, 40_960),
@@ -195,10 +137,10 @@ def test_every_cut(tmp_path: Path, name: str, power: bool) -> None:
     rnd = random.Random(f"{name}{power}")
     cuts = sorted(rnd.sample(range(1, len(log)), min(24, len(log) - 1)))
     for cut in [*cuts, len(log)]:
-        crashed = _after_power_cut(image, log, cut, rnd) if power else _after_kill(image, log, cut)
+        crashed = after_power_cut(image, log, cut, rnd) if power else after_kill(image, log, cut)
         _judge(tmp_path, name, crashed, history, cut, dirty_ok=name == "lazy")
     final = tmp_path / "final"
-    final.write_bytes(_after_kill(image, log, len(log)))
+    final.write_bytes(after_kill(image, log, len(log)))
     images.assert_clean(final)
 
 
@@ -224,7 +166,7 @@ def test_snapshot_survives(tmp_path: Path, power: bool) -> None:
     log = run(main())
     rnd = random.Random(power)
     for cut in sorted(rnd.sample(range(1, len(log)), 16)):
-        crashed = _after_power_cut(image, log, cut, rnd) if power else _after_kill(image, log, cut)
+        crashed = after_power_cut(image, log, cut, rnd) if power else after_kill(image, log, cut)
         _judge(tmp_path, "snapshot", crashed, history, cut, dirty_ok=False)
         images.peers.run("qemu-img", "snapshot", "-a", "one", tmp_path / "crashed")
         assert images.read_all(tmp_path / "crashed", "qcow2", tmp_path / "raw") == before
@@ -249,7 +191,7 @@ def test_resize(tmp_path: Path, power: bool) -> None:
     log = run(main())
     rnd = random.Random(power)
     for cut in [*sorted(rnd.sample(range(1, len(log)), 40)), len(log)]:
-        crashed = _after_power_cut(image, log, cut, rnd) if power else _after_kill(image, log, cut)
+        crashed = after_power_cut(image, log, cut, rnd) if power else after_kill(image, log, cut)
         path = tmp_path / "crashed"
         path.write_bytes(crashed)
         result = images.check(path)

@@ -26,6 +26,7 @@ from pyqsd.qapi.types import Null
 
 if TYPE_CHECKING:
     from pyqsd.block.node import Node
+    from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
     from pyqsd.drivers.formats.qcow2.image import Image
 
 _STORED = DATA | ALLOCATED | OFFSET_VALID
@@ -62,7 +63,7 @@ class Qcow2(Driver):
 
     def __init__(self, node: Node, options: Any) -> None:
         super().__init__(node, options)
-        self._bitmaps: list[info.Qcow2BitmapInfo] = []
+        self._bitmaps: list[StoredBitmap] = []
         #: Whether writes may go on without another look at the header.
         self._ready = False
         self._repaired = False

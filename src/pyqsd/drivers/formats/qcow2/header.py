@@ -56,6 +56,8 @@ _V3 = struct.Struct(">QQQII")
 _EXT = struct.Struct(">II")
 _FEATURE = struct.Struct(">BB46s")
 
+#: Clusters up to this size (bytes) are kept for more important things than the feature name table, as QEMU does.
+_NO_NAMES_UP_TO = 4096
 #: What we call the features in the feature name table: (type, bit, name).
 _FEATURE_NAMES = (
     (0, 0, b"dirty bit"),
@@ -81,7 +83,8 @@ class BitmapsExtension:
 @dataclass
 class Header:
     """A decoded header. `extensions` keeps every extension in its order, also those that nobody here knows, so that
-    they survive a rewrite; `unknown_fields` are the bytes of the header beyond the fields known here."""
+    they survive a rewrite; `unknown_fields` are the bytes of the header beyond the fields known here. `bitmaps` is what
+    the bitmaps extension says, None if there is none or it is not valid; a rewrite goes by it alone."""
 
     version: int
     backing_offset: int
@@ -140,6 +143,11 @@ def os_decode(data: bytes) -> str:
 
 def os_encode(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
+
+
+def shown(name: str) -> str:
+    """A name in an image as people see it."""
+    return os_encode(name).decode("utf-8", "replace")
 
 
 def probe(buf: bytes) -> int:
@@ -396,37 +404,45 @@ def feature_name_table() -> bytes:
     return b"".join(_FEATURE.pack(kind, bit, name) for kind, bit, name in _FEATURE_NAMES)
 
 
-def encode(header: Header) -> bytes:
-    """The whole header area as it is written: fixed fields, extensions, backing file name. Raises Error if that does
-    not fit into the first cluster. `header.backing_offset` and `backing_size` are set to where the name went."""
-    extensions = []
+def _in_order(header: Header) -> list[tuple[int, bytes]]:
+    """The extensions as QEMU orders them: those that it knows, then all others in the order in which they were."""
+    known: dict[int, bytes] = {}
+    others = []
     for magic, data in header.extensions:
-        if magic == EXT_FEATURE_TABLE:
-            continue
-        extensions.append((magic, data))
-    if header.version >= 3:
-        extensions.append((EXT_FEATURE_TABLE, feature_name_table()))
-    area = b""
-    for magic, data in extensions:
-        area += _EXT.pack(magic, len(data)) + data + bytes(-len(data) % 8)
-    area += _EXT.pack(EXT_END, 0)
+        if magic in (EXT_BACKING_FORMAT, EXT_DATA_FILE, EXT_CRYPTO):
+            known[magic] = data
+        elif magic not in (EXT_FEATURE_TABLE, EXT_BITMAPS):
+            others.append((magic, data))
+    if header.version >= 3 and header.cluster_size > _NO_NAMES_UP_TO:
+        known[EXT_FEATURE_TABLE] = feature_name_table()
+    if header.bitmaps is not None:
+        one = header.bitmaps
+        known[EXT_BITMAPS] = struct.pack(">IIQQ", one.count, 0, one.directory_size, one.directory_offset)
+    order = (EXT_BACKING_FORMAT, EXT_DATA_FILE, EXT_CRYPTO, EXT_FEATURE_TABLE, EXT_BITMAPS)
+    return [(magic, known[magic]) for magic in order if magic in known] + others
+
+
+def _extension_bytes(extensions: list[tuple[int, bytes]]) -> bytes:
+    area = b"".join(_EXT.pack(magic, len(data)) + data + bytes(-len(data) % 8) for magic, data in extensions)
+    return area + _EXT.pack(EXT_END, 0)
+
+
+def encode(header: Header, spare: int = 0) -> bytes:
+    """The whole header area as it is written: fixed fields, extensions, backing file name. Raises Error if that does
+    not fit into the first cluster. `header.header_length`, `backing_offset` and `backing_size` are set to what they
+    are there.
+
+    `spare`: what may be more than a sector (in version 3 the extensions, and the name) begins at this offset instead of
+    right behind what is before it; then the result may be too long.
+    """
     length = V2_HEADER_BYTES if header.version == 2 else HEADER_BYTES + len(header.unknown_fields)
     backing = b"" if header.backing_file is None else os_encode(header.backing_file)
-    if length + len(area) + len(backing) > header.cluster_size and header.version >= 3:
-        # The feature names are only for people; they give way.
-        area = b"".join(
-            _EXT.pack(magic, len(data)) + data + bytes(-len(data) % 8)
-            for magic, data in extensions
-            if magic != EXT_FEATURE_TABLE
-        ) + _EXT.pack(EXT_END, 0)
+    area = _extension_bytes(_in_order(header))
     if length + len(area) + len(backing) > header.cluster_size:
         raise Error("Could not update qcow2 header: No space left on device", errno.ENOSPC)
-    header.header_length = length
-    if header.backing_file is not None:
-        header.backing_offset = length + len(area)
-        header.backing_size = len(backing)
-    else:
-        header.backing_offset = header.backing_size = 0
+    header.header_length = length if header.version == 2 else max(length, spare)
+    name_at = max(header.header_length + len(area), spare)
+    header.backing_offset, header.backing_size = (name_at, len(backing)) if header.backing_file is not None else (0, 0)
     fixed = _V2.pack(
         MAGIC,
         header.version,
@@ -447,7 +463,7 @@ def encode(header: Header) -> bytes:
             header.incompatible, header.compatible, header.autoclear, header.refcount_order, header.header_length
         )
         fixed += bytes([header.compression_type]) + bytes(7) + header.unknown_fields
-    return fixed + area + backing
+    return (fixed.ljust(header.header_length, b"\0") + area).ljust(name_at if backing else 0, b"\0") + backing
 
 
 # Single fields that change while the image is open, as (offset in the header, bytes): each is one small write.
@@ -463,6 +479,10 @@ def l1_fields(entries: int, offset: int) -> tuple[int, bytes]:
 
 def reftable_fields(offset: int, clusters: int) -> tuple[int, bytes]:
     return 48, offset.to_bytes(8, "big") + clusters.to_bytes(4, "big")
+
+
+def snapshot_fields(count: int, offset: int) -> tuple[int, bytes]:
+    return 60, count.to_bytes(4, "big") + offset.to_bytes(8, "big")
 
 
 def feature_fields(header: Header) -> tuple[int, bytes]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import sys
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from pyqsd.block.events import BlockImageCorrupted
@@ -13,7 +14,7 @@ from pyqsd.drivers.formats.qcow2.overlap import MetadataMap
 from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import AsyncIterator, Callable, Coroutine
 
     from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.header import Header
@@ -59,6 +60,8 @@ class Image:
         self.frees: list[tuple[int, int, str]] = []
         self.freed_clusters = 0
         self.refcount_lock = asyncio.Lock()
+        #: Held by whoever writes to the header on disk; taken after all other locks.
+        self.header_lock = asyncio.Lock()
         #: The image must not be used any more.
         self.broken = False
         self._signalled = False
@@ -118,9 +121,10 @@ class Image:
 
     async def _mark(self) -> None:
         try:
-            at, data = headers.feature_fields(self.header)
-            await self.file.pwrite(at, data)
-            await self.file.flush()
+            async with self.header_lock:
+                at, data = headers.feature_fields(self.header)
+                await self.file.pwrite(at, data)
+                await self.file.flush()
         except OSError as exc:
             print(f"qcow2: Could not mark the image as corrupt: {exc.strerror}", file=sys.stderr)
 
@@ -245,13 +249,37 @@ class Image:
 
     async def set_features(self, incompatible: int, compatible: int, autoclear: int) -> None:
         """Change the feature masks, and make that durable. Version 3 only. Raises OSError."""
-        header = self.header
-        old = (header.incompatible, header.compatible, header.autoclear)
-        header.incompatible, header.compatible, header.autoclear = incompatible, compatible, autoclear
-        try:
-            at, data = headers.feature_fields(header)
+        async with self._changed_header(incompatible=incompatible, compatible=compatible, autoclear=autoclear):
+            at, data = headers.feature_fields(self.header)
             await self.file.pwrite(at, data)
             await self.file.flush()
-        except BaseException:
-            header.incompatible, header.compatible, header.autoclear = old
-            raise
+
+    async def rewrite_header(self, **changes: Any) -> None:
+        """Write the whole header area anew: fixed fields, extensions, backing file name. `changes` are attributes of
+        the header (`size`, `extensions`, `bitmaps` …); what they refer to has been written, and is flushed before.
+        After a crash the header is the old one or the new one. Raises OSError, and Error when it does not fit; the
+        attributes are as before then."""
+        from pyqsd.drivers.formats.qcow2 import header_area
+
+        async def rewrite() -> None:
+            async with self._changed_header(**changes):
+                await header_area.write(self)
+
+        await self.uncancelled(rewrite())
+
+    @asynccontextmanager
+    async def _changed_header(self, **changes: Any) -> AsyncIterator[None]:
+        """Change attributes of the header while the caller brings that to disk; back again if that fails."""
+        async with self.header_lock:
+            header = self.header
+            old = {name: getattr(header, name) for name in changes}
+            places = (header.header_length, header.backing_offset, header.backing_size)
+            for name, value in changes.items():
+                setattr(header, name, value)
+            try:
+                yield
+            except BaseException:
+                for name, value in old.items():
+                    setattr(header, name, value)
+                header.header_length, header.backing_offset, header.backing_size = places
+                raise

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import struct
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from pyqsd.block.info import ImageInfoSpecific, SnapshotInfo
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.options import BlockdevQcow2EncryptionFormat
-from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import Struct, Uint32
 
 if TYPE_CHECKING:
+    from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
     from pyqsd.drivers.formats.qcow2.image import Image
 
 
@@ -70,50 +68,22 @@ class ImageInfoSpecificQCow2Wrapper(ImageInfoSpecific, kw_only=True, tag="qcow2"
 
 __all__ = ["BlockdevQcow2EncryptionFormat"]
 
-_BITMAP = struct.Struct(">QIIBBHI")
+
+def bitmap_infos(stored: list[StoredBitmap]) -> list[Qcow2BitmapInfo]:
+    """What is told about the bitmaps in the image."""
+    shown = []
+    for one in stored:
+        flags = []
+        if one.in_use:
+            flags.append(Qcow2BitmapInfoFlags.IN_USE)
+        if one.auto:
+            flags.append(Qcow2BitmapInfoFlags.AUTO)
+        name = headers.shown(one.name)
+        shown.append(Qcow2BitmapInfo(name=name, granularity=1 << one.granularity_bits, flags=flags))
+    return shown
 
 
-def decode_bitmap_directory(data: bytes | bytearray, count: int, cluster_size: int) -> list[Qcow2BitmapInfo]:
-    """The bitmaps of a directory (QEMU docs/interop/qcow2, "Bitmap directory"). Raises Error."""
-    found: list[Qcow2BitmapInfo] = []
-    at = 0
-    while at < len(data):
-        if len(data) - at < _BITMAP.size:
-            raise Error("Broken bitmap directory", errno.EINVAL)
-        offset, entries, flags, kind, granularity_bits, name_size, extra = _BITMAP.unpack_from(data, at)
-        size = _BITMAP.size + extra + name_size
-        padded = -(-size // 8) * 8
-        if padded > len(data) - at:
-            raise Error("Broken bitmap directory", errno.EINVAL)
-        if len(found) == count:
-            raise Error("More bitmaps found than specified in header extension", errno.EINVAL)
-        if extra:
-            raise Error("Bitmap extra data is not supported", errno.EINVAL)
-        name = bytes(data[at + _BITMAP.size : at + size]).decode("utf-8", "replace")
-        if (
-            not entries
-            or offset & (cluster_size - 1)
-            or not offset
-            or entries > 0x8000000
-            or kind != 1
-            or not 9 <= granularity_bits <= 31
-            or not 1 <= name_size <= 1023
-            or flags & ~3
-        ):
-            raise Error(f"Bitmap '{name}' doesn't satisfy the constraints", errno.EINVAL)
-        shown = []
-        if flags & 1:
-            shown.append(Qcow2BitmapInfoFlags.IN_USE)
-        if flags & 2:
-            shown.append(Qcow2BitmapInfoFlags.AUTO)
-        found.append(Qcow2BitmapInfo(name=name, granularity=1 << granularity_bits, flags=shown))
-        at += padded
-    if len(found) != count:
-        raise Error("Less bitmaps found than specified in header extension", errno.EINVAL)
-    return found
-
-
-def specific(image: Image, bitmaps: list[Qcow2BitmapInfo]) -> ImageInfoSpecificQCow2Wrapper:
+def specific(image: Image, bitmaps: list[StoredBitmap]) -> ImageInfoSpecificQCow2Wrapper:
     """``ImageInfo.format-specific``."""
     header = image.header
     kind = Qcow2CompressionType.ZSTD if header.compression_type else Qcow2CompressionType.ZLIB
@@ -130,7 +100,7 @@ def specific(image: Image, bitmaps: list[Qcow2BitmapInfo]) -> ImageInfoSpecificQ
             extended_l2=bool(header.incompatible & headers.INCOMPAT_EXTENDED_L2),
             refcount_bits=header.refcount_bits,
             compression_type=kind,
-            bitmaps=shown or None,
+            bitmaps=bitmap_infos(shown) or None,
         )
     return ImageInfoSpecificQCow2Wrapper(data=data)
 
@@ -147,8 +117,8 @@ def image_info(image: Image) -> dict[str, Any]:
     if image.snapshots:
         info["snapshots"] = [
             SnapshotInfo(
-                id=one.id,
-                name=one.name,
+                id=headers.shown(one.id),
+                name=headers.shown(one.name),
                 vm_state_size=one.vm_state_size,
                 date_sec=one.date_sec,
                 date_nsec=one.date_nsec,

@@ -9,8 +9,8 @@ import errno
 from array import array
 from typing import TYPE_CHECKING
 
+from pyqsd.drivers.formats.qcow2 import bitmap_format, snapshots
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2 import info, snapshots
 from pyqsd.drivers.formats.qcow2.image import Image
 from pyqsd.drivers.formats.qcow2.options import Options, settings
 from pyqsd.drivers.formats.qcow2.overlap import MetadataMap
@@ -21,6 +21,7 @@ from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
     from pyqsd.block.node import Node
+    from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
 
 
 async def read_header(node: Node, file: Node, options: Options) -> headers.Header:
@@ -152,13 +153,13 @@ async def snapshot_table_bytes(image: Image) -> int:
     return at - image.header.snapshots_offset
 
 
-async def read_bitmaps(image: Image) -> list[info.Qcow2BitmapInfo]:
+async def read_bitmaps(image: Image) -> list[StoredBitmap]:
     """The bitmaps that the image has, for information. Raises Error if their directory is broken."""
     directory = image.header.bitmaps
     if directory is None:
         return []
     try:
         data = await image.file.pread(directory.directory_offset, directory.directory_size)
-        return info.decode_bitmap_directory(data, directory.count, image.cluster_size)
+        return bitmap_format.decode_directory(data, directory.count, image.cluster_size, image.header.size)
     except OSError as exc:
         raise Error("Failed to read bitmap directory", exc.errno or errno.EIO) from exc

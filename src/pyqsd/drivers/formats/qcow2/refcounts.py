@@ -657,10 +657,11 @@ class Refcounts:
         table.byteswap()
         await image.file.pwrite(offset, table.tobytes())
         await image.file.flush()
-        at, data = headers.reftable_fields(offset, clusters)
-        await image.file.pwrite(at, data)
-        old = (header.reftable_offset, header.reftable_clusters)
-        header.reftable_offset, header.reftable_clusters = offset, clusters
+        async with image.header_lock:
+            at, data = headers.reftable_fields(offset, clusters)
+            await image.file.pwrite(at, data)
+            old = (header.reftable_offset, header.reftable_clusters)
+            header.reftable_offset, header.reftable_clusters = offset, clusters
         if self._moving == moving:
             self._moving = None
         first = old[0] >> header.cluster_bits

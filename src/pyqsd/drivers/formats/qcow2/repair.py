@@ -211,10 +211,11 @@ async def _write_new(image: Image, references: _References) -> None:
     on_disk.byteswap()
     await image.file.pwrite(first_table << bits, on_disk.tobytes())
     await image.file.flush()
-    at, data = headers.reftable_fields(first_table << bits, table_clusters)
-    await image.file.pwrite(at, data)
-    await image.file.flush()
-    image.header.reftable_offset, image.header.reftable_clusters = first_table << bits, table_clusters
+    async with image.header_lock:
+        at, data = headers.reftable_fields(first_table << bits, table_clusters)
+        await image.file.pwrite(at, data)
+        await image.file.flush()
+        image.header.reftable_offset, image.header.reftable_clusters = first_table << bits, table_clusters
     refcounts.replace(table)
     image.touched_end = max(image.touched_end, end << bits, image.file.length)
     image.meta = await opening.metadata_map(image, image.settings.overlap)

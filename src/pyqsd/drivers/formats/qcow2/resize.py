@@ -64,10 +64,11 @@ def _prefixed(text: str, exc: OSError) -> Error:
 
 
 async def _write_size(image: Image, length: int) -> None:
-    at, data = headers.size_field(length)
-    await image.file.pwrite(at, data)
-    image.header.size = length
-    await image.file.flush()
+    async with image.header_lock:
+        at, data = headers.size_field(length)
+        await image.file.pwrite(at, data)
+        image.header.size = length
+        await image.file.flush()
 
 
 async def _grow_l1(image: Image, entries: int) -> None:
@@ -86,11 +87,12 @@ async def _grow_l1(image: Image, entries: int) -> None:
     whole = data.tobytes()
     await image.file.pwrite(first << bits, whole + bytes((clusters << bits) - len(whole)))
     await image.file.flush()
-    at, fields = headers.l1_fields(wanted, first << bits)
-    await image.file.pwrite(at, fields)
-    await image.file.flush()
     old, old_clusters = header.l1_offset >> bits, (header.l1_size * 8 + image.cluster_mask) >> bits
-    header.l1_offset, header.l1_size = first << bits, wanted
+    async with image.header_lock:
+        at, fields = headers.l1_fields(wanted, first << bits)
+        await image.file.pwrite(at, fields)
+        await image.file.flush()
+        header.l1_offset, header.l1_size = first << bits, wanted
     l2.l1 = table
     image.meta.remove("active_l1", old, old_clusters)
     image.meta.add("active_l1", first, clusters)

@@ -1,4 +1,4 @@
-"""The table of internal snapshots: bytes in, checked structs out.
+"""The table of internal snapshots: bytes in, checked structs out, and back.
 
 Source: QEMU docs/interop/qcow2, section "Snapshots". Offsets and sizes are bytes.
 """
@@ -9,9 +9,11 @@ import errno
 import struct
 from dataclasses import dataclass
 
+from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.qapi.errors import Error
 
 _ENTRY = struct.Struct(">QIHHIIQII")
+_EXTRA = struct.Struct(">QQq")
 #: QEMU's limits.
 MAX_TABLE_BYTES = 1024 * 65536
 MAX_EXTRA_BYTES = 1024
@@ -19,7 +21,9 @@ MAX_EXTRA_BYTES = 1024
 
 @dataclass
 class Snapshot:
-    """One internal snapshot."""
+    """One internal snapshot. `id` and `name` may hold bytes that are not UTF-8, as surrogates (`headers.os_decode`);
+    `disk_size` and `icount` are None where the entry is too old to have them, or has no value; `unknown_extra`: the
+    extra data beyond the fields known here, kept as it is."""
 
     l1_offset: int
     l1_size: int
@@ -31,6 +35,7 @@ class Snapshot:
     vm_state_size: int
     disk_size: int | None
     icount: int | None
+    unknown_extra: bytes = b""
 
 
 def header_bytes() -> int:
@@ -68,7 +73,56 @@ def decode(data: bytes | bytearray, index: int) -> Snapshot:
         if icount == -1:
             icount = None
     at += extra
-    ident = bytes(data[at : at + id_size]).split(b"\0", 1)[0].decode("utf-8", "replace")
+    ident = headers.os_decode(bytes(data[at : at + id_size]))
     at += id_size
-    name = bytes(data[at : at + name_size]).split(b"\0", 1)[0].decode("utf-8", "replace")
-    return Snapshot(l1_offset, l1_size, ident, name, sec, nsec, clock, vm_state, disk_size, icount)
+    name = headers.os_decode(bytes(data[at : at + name_size]))
+    return Snapshot(
+        l1_offset,
+        l1_size,
+        ident,
+        name,
+        sec,
+        nsec,
+        clock,
+        vm_state,
+        disk_size,
+        icount,
+        more[_EXTRA.size :],
+    )
+
+
+def encode(one: Snapshot, disk_size: int) -> bytes:
+    """The entry of a snapshot, padded. `disk_size`: that of the image, for an entry that has none of its own. Raises
+    Error if a field is too large for the table."""
+    extra = _EXTRA.pack(
+        one.vm_state_size,
+        disk_size if one.disk_size is None else one.disk_size,
+        -1 if one.icount is None else one.icount,
+    )
+    extra += one.unknown_extra
+    ident, name = headers.os_encode(one.id), headers.os_encode(one.name)
+    if max(len(ident), len(name)) > 0xFFFF:
+        raise Error("Snapshot name too long", errno.EINVAL)
+    # The old field cannot tell of more than it has room for; who knows the extra data does not look at it.
+    state32 = one.vm_state_size if one.vm_state_size <= 0xFFFFFFFF else 0
+    data = _ENTRY.pack(
+        one.l1_offset,
+        one.l1_size,
+        len(ident),
+        len(name),
+        one.date_sec,
+        one.date_nsec,
+        one.vm_clock_nsec,
+        state32,
+        len(extra),
+    )
+    data += extra + ident + name
+    return data + bytes(-len(data) % 8)
+
+
+def encode_table(table: list[Snapshot], disk_size: int) -> bytes:
+    """The whole snapshot table. Raises Error if it would be larger than it may be."""
+    parts = [encode(one, disk_size) for one in table]
+    if len(parts) > headers.MAX_SNAPSHOTS or sum(map(len, parts)) > MAX_TABLE_BYTES:
+        raise Error("Snapshot table is too big", errno.EFBIG)
+    return b"".join(parts)
