@@ -20,6 +20,7 @@ from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
     from pyqsd.block.child import Child
+    from pyqsd.block.image_check import CheckResult
     from pyqsd.block.node import Node
     from pyqsd.qapi.types import Struct
 
@@ -245,6 +246,13 @@ class Driver:
     async def flush(self) -> None:
         """Hand everything that this driver caches to its children (the node then flushes them), in the declared
         order; protocols: make everything written so far durable. Raises OSError."""
+
+    # --- the image as a whole -----------------------------------------------------------------------------------------
+
+    async def check(self) -> CheckResult:
+        """Look for errors in the metadata of the image; the node is drained. Raises Error, OSError if that is not
+        possible."""
+        raise Error("This image format does not support checks", errno.ENOTSUP)
 
     # --- bitmaps in the image -----------------------------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ import importlib
 MODULES = (
     "pyqsd.block.commands",
     "pyqsd.block.bitmap_commands",
+    "pyqsd.block.check_commands",
     "pyqsd.block.queries",
     "pyqsd.block.events",
     "pyqsd.exports.commands",

@@ -25,6 +25,7 @@ from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import Null
 
 if TYPE_CHECKING:
+    from pyqsd.block.image_check import CheckResult
     from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
     from pyqsd.drivers.formats.qcow2.image import Image
@@ -467,6 +468,15 @@ class Qcow2(Driver):
         self.image.check_usable()
         if self._ready:
             await self.image.write_back()
+
+    # --- checking ---------------------------------------------------------------------------------------------------
+
+    async def check(self) -> CheckResult:
+        from pyqsd.drivers.formats.qcow2.check import checking
+
+        self.image.check_usable()
+        await self._complete()
+        return await checking.check(self.image)
 
     # --- what people see ---------------------------------------------------------------------------------------------
 

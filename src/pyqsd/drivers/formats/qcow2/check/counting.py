@@ -1,0 +1,260 @@
+"""Counting every reference to every cluster of an image file.
+
+Source: QEMU docs/interop/qcow2: everything that occupies clusters is the header, the L1 and L2 tables (also those of
+snapshots), what L2 entries refer to, the snapshot table, the encryption header, the bitmaps, and the refcount table
+with its blocks. What cannot be is counted as a corruption, and the walk goes on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pyqsd.drivers.formats.qcow2 import bitmap_format, opening
+from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2.check import l2
+from pyqsd.drivers.formats.qcow2.check.arrays import (
+    BATCH_BYTES,
+    BATCH_READS,
+    Bools,
+    Ints,
+    read_entries,
+    read_runs,
+    worked,
+)
+from pyqsd.drivers.formats.qcow2.check.references import References
+from pyqsd.drivers.formats.qcow2.tables import OFFSET_MASK
+
+if TYPE_CHECKING:
+    from pyqsd.block.image_check import CheckResult
+    from pyqsd.drivers.formats.qcow2.image import Image
+
+#: Bits of an L1 entry that must be zero.
+_L1_RESERVED = 0x7F000000000001FF
+_REFTABLE_RESERVED = 0x1FF
+#: The upper eight bits and some lower ones, as a signed number.
+_BITMAP_RESERVED = -(1 << 56) | 0x1FE
+#: L2 tables that are remembered before they are looked at, so that those that snapshots share are read once.
+_MOST_PENDING = 4 << 20
+#: Parts of the image that more than one cluster beyond the end of the file hold.
+_BEYOND = "references to clusters beyond the end of the file"
+_OVERFLOW = "references that are too many for the refcount width"
+
+
+class Walk:
+    """One walk through all metadata. `references` is the outcome; what is wrong goes to `result`.
+
+    `active`: the L2 tables of the active L1 table, as (offsets, how often the L1 table refers to each, plain), where
+    `plain` is where the clusters of a table begin if it is an unbroken run (see `l2.plain_runs`), else -1. `rebuild`:
+    the refcount structures are so broken that they must be made anew.
+    """
+
+    def __init__(self, image: Image, result: CheckResult, order: int | None = None) -> None:
+        header = image.header
+        self.image = image
+        self.file = image.file
+        self.result = result
+        self.layout = l2.Layout(header)
+        self.references = References(
+            header.refcount_order if order is None else order, header.cluster_bits, image.file.length
+        )
+        self.active: list[tuple[Ints, Ints, Ints]] = []
+        self.rebuild = False
+        self._pending: list[tuple[Ints, Ints, bool]] = []
+        self._pending_size = 0
+
+    async def everything(self) -> None:
+        """Count all but the refcount structures. Raises OSError."""
+        header, references = self.image.header, self.references
+        references.add_run(0, 1)
+        await self._l1(header.l1_offset, header.l1_size, True)
+        for one in self.image.snapshots:
+            if one.l1_offset & self.layout.mask or one.l1_size > headers.MAX_L1_BYTES // 8:
+                self.result.corrupt("L1 tables of snapshots where none can be")
+                continue
+            await self._l1(one.l1_offset, one.l1_size, False)
+        await self._tables()
+        if self.image.snapshots:
+            references.add_bytes(header.snapshots_offset, await opening.snapshot_table_bytes(self.image))
+        crypto = header.extension(headers.EXT_CRYPTO)
+        if crypto is not None:
+            references.add_bytes(int.from_bytes(crypto[:8], "big"), int.from_bytes(crypto[8:16], "big"))
+        await self._bitmaps()
+
+    def finish(self) -> None:
+        """Turn what did not fit into findings."""
+        self.result.corrupt(_BEYOND, self.references.beyond)
+        self.result.corrupt(_OVERFLOW, self.references.overflows)
+        self.references.beyond = self.references.overflows = 0
+
+    # --- L1 and L2 ---------------------------------------------------------------------------------------------------
+
+    async def _l1(self, offset: int, size: int, active: bool) -> None:
+        if not size:
+            return
+        self.references.add_bytes(offset, size * 8)
+        entries = await read_entries(self.file, offset, size)
+        offsets, times = await worked(len(entries) * 8, self._l1_entries, entries)
+        self._pending.append((offsets, times, active))
+        self._pending_size += len(offsets)
+        if self._pending_size > _MOST_PENDING:
+            await self._tables()
+
+    def _l1_entries(self, entries: Ints) -> tuple[Ints, Ints]:
+        """The L2 tables that the entries refer to, and how often."""
+        entries = entries[entries != 0]
+        self.result.corrupt("L1 entries with reserved bits set", int(np.count_nonzero(entries & _L1_RESERVED)))
+        offsets, times = np.unique(entries & OFFSET_MASK, return_counts=True)
+        return offsets, times.astype(np.int64)
+
+    async def _tables(self) -> None:
+        """Look at the L2 tables that are pending."""
+        pending, self._pending = self._pending, []
+        self._pending_size = 0
+        if not pending:
+            return
+        offsets, times, active = await worked(sum(one[0].nbytes for one in pending), _merged, pending)
+        plain = np.full(len(offsets), -1, np.int64)
+        size = self.layout.size
+        step = max(1, min(BATCH_BYTES // size, BATCH_READS))
+        for start in range(0, len(offsets), step):
+            part = slice(start, start + step)
+            data = await read_runs(self.file, offsets[part], size)
+            plain[part] = await worked(len(data), self._look_at, data, offsets[part], times[part], active[part])
+        self.active.append((offsets[active > 0], active[active > 0], plain[active > 0]))
+
+    def _look_at(self, data: bytearray, offsets: Ints, times: Ints, active: Ints) -> Ints:
+        """Count what some L2 tables refer to, and these themselves. Returns where the plain ones begin."""
+        result, references, layout = self.result, self.references, self.layout
+        unaligned = (offsets & layout.mask) != 0
+        result.corrupt("L2 tables that are not aligned to clusters", int(times[unaligned].sum()))
+        words, bitmaps = l2.decode(layout, data, len(offsets))
+        plain = l2.plain_runs(layout, words, bitmaps, references.file_length)
+        entries = words.shape[1]
+        for number in np.unique(times).tolist():
+            here = times == number
+            references.add_spans(offsets[here], layout.size, number)
+            for first in plain[here & (plain >= 0)].tolist():
+                references.add_run(first >> layout.bits, entries, number)
+            odd = here & (plain < 0)
+            if odd.any():
+                tables = l2.Tables(layout, words[odd], None if bitmaps is None else bitmaps[odd])
+                self._entries(tables, number, active[odd])
+        result.allocated_clusters += entries * int(active[plain >= 0].sum())
+        return plain
+
+    def _entries(self, tables: l2.Tables, times: int, active: Ints) -> None:
+        """Count the entries of tables that are not plain, each of which is referred to `times` times."""
+        result, references, layout = self.result, self.references, self.layout
+        compressed, stored = tables.compressed, tables.stored
+
+        def corrupt(what: str, entries: Bools) -> None:
+            result.corrupt(what, int(np.count_nonzero(entries)) * times)
+
+        corrupt("L2 entries with reserved bits set", tables.reserved())
+        if compressed.any():
+            corrupt("compressed clusters with the flag COPIED", compressed & (tables.words < 0))
+            if layout.data_file:
+                corrupt("compressed clusters in an image with a data file", compressed)
+                compressed = np.zeros_like(compressed)
+            elif tables.bitmaps is not None:
+                wrong = compressed & (tables.bitmaps != 0)
+                corrupt("compressed clusters with subclusters", wrong)
+                compressed = compressed & ~wrong
+            offsets, sizes = tables.pack_places(compressed)
+            references.add_spans(offsets, sizes, times)
+            packed = int((compressed.sum(axis=1) * active).sum())
+            result.allocated_clusters += packed
+            result.compressed_clusters += packed
+            # They share clusters by nature, so each of them counts as a fragment.
+            result.fragmented_clusters += packed
+        if tables.bitmaps is not None:
+            corrupt("clusters that are not allocated with allocated subclusters", tables.nowhere())
+            corrupt("subclusters that are both allocated and zero", tables.conflicting())
+        corrupt("clusters that are not aligned", tables.unaligned())
+        result.allocated_clusters += int((stored.sum(axis=1) * active).sum())
+        result.fragmented_clusters += self._fragments(tables, active)
+        if not layout.data_file:
+            references.add_spans(tables.host[stored], layout.size, times)
+
+    @staticmethod
+    def _fragments(tables: l2.Tables, active: Ints) -> int:
+        """Clusters that do not follow the one that is before them in their table."""
+        rows, _ = np.nonzero(tables.stored)
+        host = tables.host[tables.stored]
+        broken = (np.diff(host) != tables.layout.size) & (np.diff(rows) == 0)
+        return int(active[rows[1:][broken]].sum())
+
+    # --- bitmaps -----------------------------------------------------------------------------------------------------
+
+    async def _bitmaps(self) -> None:
+        """QEMU docs/interop/qcow2, section "Bitmaps"."""
+        directory = self.image.header.bitmaps
+        if directory is None:
+            return
+        references = self.references
+        references.add_bytes(directory.directory_offset, directory.directory_size)
+        data = await self.file.pread(directory.directory_offset, directory.directory_size)
+        disk_size = self.image.node.length
+        for one in bitmap_format.decode_directory(data, directory.count, self.layout.size, disk_size):
+            references.add_bytes(one.table_offset, one.table_entries * 8)
+            for start in range(0, one.table_entries, BATCH_BYTES >> 3):
+                n = min(one.table_entries - start, BATCH_BYTES >> 3)
+                entries = await read_entries(self.file, one.table_offset + start * 8, n)
+                await worked(n * 8, self._bitmap_entries, entries)
+
+    def _bitmap_entries(self, entries: Ints) -> None:
+        host = entries & OFFSET_MASK
+        wrong = (entries & _BITMAP_RESERVED) != 0
+        wrong |= (host != 0) & (((host & self.layout.mask) != 0) | ((entries & 1) != 0))
+        self.result.corrupt("invalid entries in tables of bitmaps", int(np.count_nonzero(wrong)))
+        self.references.add_spans(host[(host != 0) & ~wrong], self.layout.size)
+
+    # --- refcount structures -----------------------------------------------------------------------------------------
+
+    async def refcount_structures(self) -> None:
+        """Count the refcount table and its blocks, as they are on disk. Raises OSError."""
+        header = self.image.header
+        size = header.reftable_clusters << header.cluster_bits
+        self.references.add_bytes(header.reftable_offset, size)
+        table = await read_entries(self.file, header.reftable_offset, size >> 3)
+        await worked(len(table) * 8, self._blocks, table)
+
+    def _blocks(self, table: Ints) -> None:
+        header, references, result = self.image.header, self.references, self.result
+        table = table[table != 0]
+        reserved = (table & _REFTABLE_RESERVED) != 0
+        offsets = table[~reserved]
+        unaligned = (offsets & self.layout.mask) != 0
+        # The highest bit is part of the offset here.
+        outside = ~unaligned & ((offsets < 0) | (offsets >> header.cluster_bits >= references.end))
+        result.corrupt("refcount table entries with reserved bits set", int(np.count_nonzero(reserved)))
+        result.corrupt("refcount blocks that are not aligned", int(np.count_nonzero(unaligned)))
+        result.corrupt("refcount blocks outside of the file", int(np.count_nonzero(outside)))
+        clusters = offsets[~unaligned & ~outside] >> header.cluster_bits
+        found, times = np.unique(clusters, return_counts=True)
+        before = references.get(found)
+        references.add(clusters)
+        # All but the first of those that share a cluster, and the first, too, where something else has it.
+        shared = np.where(before == 0, times - 1, times)
+        if references.maximum == 1:
+            # Those have been counted as references that did not fit.
+            shared[:] = 0
+        result.corrupt("refcount blocks that are not the only user of their cluster", int(shared.sum()))
+        self.rebuild = bool(reserved.any() or unaligned.any() or outside.any() or shared.any())
+
+
+def _merged(found: list[tuple[Ints, Ints, bool]]) -> tuple[Ints, Ints, Ints]:
+    """Several lists of L2 tables as one: (offsets, how often they are referred to, how often by the active table)."""
+    offsets, where = np.unique(np.concatenate([one[0] for one in found]), return_inverse=True)
+    times = np.zeros(len(offsets), np.int64)
+    active = np.zeros(len(offsets), np.int64)
+    at = 0
+    for one, counts, is_active in found:
+        here = where[at : at + len(one)]
+        at += len(one)
+        times[here] += counts
+        if is_active:
+            active[here] += counts
+    return offsets, times, active

@@ -1,0 +1,236 @@
+"""Checks of images: what is found is what qemu-img finds."""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyqsd.block.graph import Graph
+from pyqsd.drivers.formats.qcow2 import refcounts
+from pyqsd.drivers.formats.qcow2.check import arrays
+from pyqsd.drivers.formats.qcow2.check.references import CHUNK_BITS, References
+from pyqsd.qapi.command import EventBus
+from pyqsd.qapi.errors import Error
+from tests.support import images, peers
+from tests.system import mangle
+
+from . import mangled
+from .support import opened, run
+
+FIELDS = (
+    "image-end-offset",
+    "corruptions",
+    "leaks",
+    "check-errors",
+    "total-clusters",
+    "allocated-clusters",
+    "fragmented-clusters",
+    "compressed-clusters",
+)
+
+
+def theirs(path: Path) -> dict[str, int] | None:
+    """What qemu-img finds; None if it cannot look."""
+    done = peers.run("qemu-img", "check", "--output=json", "-f", "qcow2", path, ok=(0, 1, 2, 3))
+    if not done.stdout.startswith("{"):
+        return None
+    found = json.loads(done.stdout)
+    return {name: found.get(name, 0) for name in FIELDS}
+
+
+def ours(path: Path) -> dict[str, int] | None:
+    """What we find; None if the image does not open, or cannot be looked at."""
+
+    async def check() -> dict[str, int] | None:
+        try:
+            async with opened(path, Graph(EventBus()), read_only=True) as node:
+                found = await node.driver.check()
+        except (OSError, Error):
+            return None
+        return {name: getattr(found, name.replace("-", "_")) for name in FIELDS}
+
+    return run(check())
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A function that gives the bytes of an image of a kind."""
+    root = tmp_path_factory.mktemp("sound")
+
+    def get(kind: str) -> bytes:
+        path = root / f"{kind}.qcow2"
+        if not path.exists():
+            mangled.make(path, kind)
+        return path.read_bytes()
+
+    return get
+
+
+def compare(path: Path, what: str) -> bool:
+    """Whether both can look at the image; if they do, they find the same."""
+    mine, right = ours(path), theirs(path)
+    if mine is None or right is None:
+        # It opens images that no daemon does; and refuses some whose bitmaps are broken, which we look at.
+        return False
+    assert mine == right, what
+    return True
+
+
+@pytest.mark.parametrize("kind", mangled.KINDS)
+def test_same_as_qemu_img(kind: str, sound: Any, tmp_path: Path) -> None:
+    """A sound image, and some damaged ones (the soak test does more of them)."""
+    path = tmp_path / "image.qcow2"
+    path.write_bytes(sound(kind))
+    assert compare(path, "sound")
+    looked = 0
+    for seed in range(8):
+        data = bytearray(sound(kind))
+        what = mangled.damage(data, seed)
+        path.write_bytes(data)
+        looked += compare(path, f"seed {seed}: {what}")
+    assert looked >= 4
+
+
+@pytest.mark.parametrize("group", ["l1", "l2", "refcount", "cut"])
+def test_single_faults(group: str, sound: Any, tmp_path: Path) -> None:
+    path = tmp_path / "image.qcow2"
+    looked = 0
+    for name, patch in mangle.GROUPS[group].items():
+        mangle.write(path, sound("plain"), patch)
+        looked += compare(path, name)
+    assert looked >= 5
+
+
+def test_preallocated_tables(tmp_path: Path) -> None:
+    """Tables that are an unbroken run of clusters, and some that nearly are."""
+    path = images.create(tmp_path / "p.qcow2", "1G", "qcow2", "preallocation=metadata,cluster_size=4k")
+    assert compare(path, "untouched")
+    with path.open("r+b") as file:
+        layout = mangled.Layout(file.read(8 << 20))
+        table = layout.l2[0]
+        file.seek(table + 8 * 7)
+        entry = int.from_bytes(file.read(8), "big")
+        file.seek(table + 8 * 7)
+        file.write((entry ^ 1 << 63).to_bytes(8, "big"))
+    assert compare(path, "a flag")
+    with path.open("r+b") as file:
+        file.seek(table + 8 * 9)
+        file.write((entry).to_bytes(8, "big"))
+    assert compare(path, "shared")
+
+
+def test_file_too_large(tmp_path: Path) -> None:
+    path = images.create(tmp_path / "large.qcow2", "1M", "qcow2", "cluster_size=512")
+    with path.open("r+b") as file:
+        file.truncate((1 << 40) + (1 << 20))
+
+    async def check() -> None:
+        async with opened(path, read_only=True) as node:
+            with pytest.raises(OSError) as caught:
+                await node.driver.check()
+            assert caught.value.errno == errno.EFBIG
+
+    run(check())
+    assert "Check failed: File too large" in peers.run("qemu-img", "check", path, ok=(1,)).stderr
+
+
+def test_while_it_is_written(tmp_path: Path) -> None:
+    """What is in memory only comes to disk before the check."""
+    path = images.create(tmp_path / "w.qcow2", "64M")
+
+    async def check() -> None:
+        async with opened(path, lazy_refcounts=True) as node:
+            for _ in range(3):
+                await node.pwrite(random.randrange(0, 64 << 20) & ~511, b"x" * 512)
+                found = await node.driver.check()
+                assert not found.findings and not found.check_errors
+            assert found.allocated_clusters >= 1
+
+    run(check())
+    images.assert_clean(path)
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+@given(st.integers(0, 6), st.data())
+def test_counts_both_ways(order: int, data: st.DataObject) -> None:
+    values = data.draw(st.lists(st.integers(0, (1 << (1 << order)) - 1), min_size=8, max_size=64))
+    values = values[: len(values) // 8 * 8]
+    slow = refcounts.new_counts(order, len(values))
+    for index, value in enumerate(values):
+        slow.set(index, value)
+    packed = slow.encode(0, len(values))
+    assert arrays.decode_counts(packed, order).tolist() == values
+    assert arrays.encode_counts(np.array(values, np.uint64), order) == packed
+
+
+class SlowReferences:
+    """The same as `References`, one by one."""
+
+    def __init__(self, order: int, bits: int, length: int) -> None:
+        self.maximum = (1 << (1 << order)) - 1
+        self.bits, self.length = bits, length
+        self.counts: dict[int, int] = {}
+        self.overflows = self.beyond = 0
+
+    def add_bytes(self, offset: int, length: int, times: int) -> None:
+        for _ in range(times):
+            if length and offset + length - self.length >= 1 << self.bits:
+                self.beyond += 1
+            elif length:
+                for cluster in range(offset >> self.bits, ((offset + length - 1) >> self.bits) + 1):
+                    if self.counts.get(cluster, 0) == self.maximum:
+                        self.overflows += 1
+                    else:
+                        self.counts[cluster] = self.counts.get(cluster, 0) + 1
+
+
+CLUSTERS = 3 << CHUNK_BITS
+ADDS = st.lists(
+    st.tuples(
+        st.booleans(),
+        st.integers(1, 3),
+        st.lists(
+            st.tuples(
+                st.one_of(st.integers(0, 40), st.integers(CLUSTERS - 40, CLUSTERS + 3), st.integers(0, CLUSTERS)),
+                st.integers(0, 511),
+                st.integers(1, 1600),
+            ),
+            min_size=1,
+            max_size=12,
+        ),
+    ),
+    max_size=6,
+)
+
+
+@settings(deadline=None)
+@given(st.sampled_from((0, 1, 2, 3, 4, 5)), ADDS)
+def test_references_are_those_of_a_slow_model(order: int, adds: list[Any]) -> None:
+    length = (CLUSTERS << 9) - 100
+    fast, slow = References(order, 9, length), SlowReferences(order, 9, length)
+    for together, times, spans in adds:
+        for cluster, within, size in spans:
+            slow.add_bytes(cluster * 512 + within, size, times)
+            if not together:
+                fast.add_bytes(cluster * 512 + within, size, times)
+        if together:
+            offsets = np.array([cluster * 512 + within for cluster, within, _ in spans])
+            fast.add_spans(offsets, np.array([size for _, _, size in spans]), times)
+    assert (fast.overflows, fast.beyond) == (slow.overflows, slow.beyond)
+    counts = fast.run(0, fast.end)
+    assert {int(at): int(counts[at]) for at in np.flatnonzero(counts)} == slow.counts
+    some = np.array(sorted({0, *slow.counts}))
+    assert fast.get(some).tolist() == [slow.counts.get(int(at), 0) for at in some]
+    assert fast.last() == max(slow.counts, default=0)
+    for block_bits in (3, CHUNK_BITS, CHUNK_BITS + 1):
+        assert fast.used_blocks(block_bits) == sorted({at >> block_bits for at in slow.counts})
