@@ -24,7 +24,7 @@ from pyqsd.qom.registry import object_tags
 REFERENCE = Path(__file__).parent.parent / "data" / "qsd-introspection-10.0.2.json"
 
 #: Members and commands of ours that QSD does not have: ``COMMAND.path.member``.
-EXTRA: frozenset[str] = frozenset()
+EXTRA: frozenset[str] = frozenset(["x-blockdev-check"])
 
 #: Jobs, transactions, image creation, iothreads and snapshots come later.
 COMMANDS_NOT_WRITTEN = frozenset(
