@@ -42,12 +42,9 @@ COMMANDS_NOT_WRITTEN = frozenset(
         "blockdev-backup",
         "blockdev-create",
         "blockdev-mirror",
-        "blockdev-set-active",
-        "blockdev-snapshot",
         "blockdev-snapshot-delete-internal-sync",
         "blockdev-snapshot-internal-sync",
         "blockdev-snapshot-sync",
-        "change-backing-file",
         "drive-backup",
         "drive-mirror",
         "job-cancel",
@@ -60,7 +57,6 @@ COMMANDS_NOT_WRITTEN = frozenset(
         "query-jobs",
         "transaction",
         "x-blockdev-amend",
-        "x-blockdev-change",
         "x-blockdev-set-iothread",
     ]
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,10 @@ class BlockBackend:
         self._perm = perm
         self._shared = shared
         self.edge: Child | None = None
+        #: The node is inactive: nothing is needed of it, and nothing kept from others, until it is active again.
+        self.suspended = False
+        #: Its permission to write is no obstacle to making the node inactive: requests are refused then.
+        self.allow_inactive = False
         #: Called when the size of the node has changed.
         self.on_resize: Callable[[], None] | None = None
         #: Called when a drain of the graph below begins and ends.
@@ -56,13 +61,15 @@ class BlockBackend:
         if self.edge is not None:
             raise ValueError("this backend has a node already")
         edge = Child(self, "root", node, 0, 0, perms.ALL)
+        suspended = self.allow_inactive and not node.active
         node.parents.insert(0, edge)
         try:
-            graph_perms.refresh([node], {edge: (self._perm, self._shared)})
+            graph_perms.refresh([node], {edge: (0, perms.ALL) if suspended else (self._perm, self._shared)})
         except BaseException:
             node.parents.remove(edge)
             raise
         self.edge = edge
+        self.suspended = suspended
         self.graph.backends.append(self)
         self.graph.join_drains(self)
         if trace.BLK_ROOT_ATTACH.enabled:
@@ -70,9 +77,26 @@ class BlockBackend:
 
     def set_perms(self, perm: int, shared: int) -> None:
         """Need and share something else from now on. Raises Error and changes nothing if that is not to be had."""
-        if self.edge is not None:
+        if self.edge is not None and not self.suspended:
             graph_perms.refresh([self.edge.node], {self.edge: (perm, shared)})
         self._perm, self._shared = perm, shared
+
+    def check_suspend(self) -> None:
+        """Whether the node may become inactive. Raises OSError if this user writes to it and cannot do without."""
+        if self._perm & (perms.WRITE | perms.WRITE_UNCHANGED) and not self.allow_inactive:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def suspend(self) -> None:
+        """The node becomes inactive: give up all permissions."""
+        if self.edge is not None and not self.suspended:
+            graph_perms.refresh([self.edge.node], {self.edge: (0, perms.ALL)})
+            self.suspended = True
+
+    def restore(self) -> None:
+        """The node is active again: take the permissions back. Raises Error if they are not to be had."""
+        if self.suspended and self.edge is not None:
+            graph_perms.refresh([self.edge.node], {self.edge: (self._perm, self._shared)})
+            self.suspended = False
 
     def remove(self) -> None:
         """Stop using the node; no request may be in flight."""

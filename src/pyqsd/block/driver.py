@@ -136,7 +136,8 @@ class Driver:
         """Write back what is cached and release everything. Errors are reported, but it is closed after it anyway."""
 
     async def activate(self) -> None:
-        """The node becomes active again: forget what is cached, because others may have changed the image meanwhile."""
+        """The node becomes active again, after its children: forget what is cached, because others may have changed the
+        image meanwhile. Raises Error, OSError."""
 
     async def inactivate(self) -> None:
         """Write back everything cached, so that the image on disk is complete, without closing."""
@@ -152,6 +153,22 @@ class Driver:
 
     async def reopen_abort(self, state: Any) -> None:
         """Forget what `reopen_prepare` prepared."""
+
+    def child_changed(self, child: Child) -> None:
+        """The edge `child` leads to another node now, or is new: remember that one. Nothing is in flight."""
+
+    async def add_child(self, node: Node) -> None:
+        """Take one more child (``x-blockdev-change``). Raises Error."""
+        raise Error(f"The node {self.node.name} does not support adding a child", errno.ENOTSUP)
+
+    async def del_child(self, child: Child) -> None:
+        """Give up a child (``x-blockdev-change``). Raises Error."""
+        raise Error(f"The node {self.node.name} does not support removing a child", errno.ENOTSUP)
+
+    async def change_backing_file(self, filename: str | None, fmt: str | None) -> None:
+        """Write another name of the backing file, and of its format, into the image; the graph stays as it is. Raises
+        Error, OSError."""
+        raise OSError(errno.ENOTSUP, "no backing file")
 
     def refresh_limits(self, limits: Limits) -> None:
         """Fill in what differs from "no limits"; called after open, resize and reopen, and when a child's changed."""

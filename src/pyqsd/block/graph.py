@@ -13,7 +13,7 @@ from pyqsd.block import graph_perms, registry
 from pyqsd.block import permissions as perms
 from pyqsd.block.backend import BlockBackend
 from pyqsd.block.child import Child
-from pyqsd.block.driver import ROLE_COW
+from pyqsd.block.driver import ROLE_COW, ROLE_PRIMARY
 from pyqsd.block.node import Node
 from pyqsd.block.options import BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, BlockdevRef
 from pyqsd.qapi.errors import Error, from_oserror
@@ -128,25 +128,36 @@ class Graph:
         to `unref`. Raises Error, OSError."""
         return await self._open(options, parent, role)
 
-    async def open_child(self, parent: Node, name: str, ref: BlockdevRef, role: int) -> Child:
-        """Open (or find) the node that `ref` describes and attach it to `parent` as the child `name`."""
-        if isinstance(ref, str):
-            node = self.find(ref)
-            if not node.opened:
-                # The parent itself, or one that is being opened for its sake.
-                raise Error(f"Cannot find device='{ref}' nor node-name='{ref}'")
-        else:
-            node = await self._open(ref, parent, role)
+    async def open_child(self, parent: Node, name: str, ref: BlockdevRef, role: int, context: str = "") -> Child:
+        """Open (or find) the node that `ref` describes and attach it to `parent` as the child `name`. `context` is put
+        before the message if it cannot be opened. Raises Error, OSError."""
+        try:
+            node = await self._find_or_open(parent, ref, role)
+        except Error as exc:
+            if not context:
+                raise
+            raise exc.prefixed(context) from exc
         try:
             return self.attach(parent, name, node, role)
         except BaseException:
             await self.unref(node)
             raise
 
+    async def _find_or_open(self, parent: Node, ref: BlockdevRef, role: int) -> Node:
+        if isinstance(ref, str):
+            node = self.find(ref)
+            if not node.opened:
+                # The parent itself, or one that is being opened for its sake.
+                raise Error(f"Cannot find device='{ref}' nor node-name='{ref}'")
+            return node
+        return await self._open(ref, parent, role)
+
     def attach(self, parent: Node, name: str, node: Node, role: int) -> Child:
         """Make `node` the child `name` of `parent`. Raises Error and changes nothing on a permission conflict."""
         if parent is node or is_below(parent, node):
             raise Error(f"Making '{node.name}' a {name} child of '{parent.name}' would create a cycle")
+        if parent.active and not node.active:
+            raise Error(f"Inactive '{node.name}' can't be a {name} child of active '{parent.name}'")
         child = Child(parent, name, node, role, 0, perms.ALL)
         self.link(child)
         try:
@@ -315,6 +326,8 @@ def apply_options(node: Node, options: BlockdevOptions, parent: Node | None, rol
         no_flush = parent.no_flush if no_flush is None else no_flush
         force_share = parent.force_share if force_share is None else force_share
         discard = BlockdevDiscardOptions.UNMAP if discard is None else discard
+        # QSD opens the main child before it looks at its parent's own `active`.
+        node.inherits_active = parent.inherits_active if role & ROLE_PRIMARY else parent.active
         if role & ROLE_COW:
             read_only = True if read_only is None else read_only
             auto_read_only = False if auto_read_only is None else auto_read_only
@@ -327,7 +340,7 @@ def apply_options(node: Node, options: BlockdevOptions, parent: Node | None, rol
     node.auto_read_only = bool(auto_read_only)
     node.force_share = bool(force_share)
     node.discard_unmap = discard == BlockdevDiscardOptions.UNMAP
-    node.active = options.active is not False
+    node.active = node.inherits_active if options.active is None else options.active
     node.detect_zeroes = str(options.detect_zeroes or BlockdevDetectZeroesOptions.OFF)
     if node.force_share and not node.read_only:
         raise Error("force-share=on can only be used with read-only images")

@@ -113,11 +113,11 @@ def refresh(roots: Iterable[Node], given: dict[Child, Perms] | None = None) -> N
         for node in order:
             _check_conflicts(node, new)
             perm, shared = cumulative(node, new)
-            if perm & (perms.WRITE | perms.WRITE_UNCHANGED):
-                if not node.active:
-                    raise Error("Block node is inactive", errno.EPERM)
-                if node.read_only:
-                    raise Error("Block node is read-only", errno.EPERM)
+            changing = perm & (perms.WRITE | perms.WRITE_UNCHANGED | perms.RESIZE)
+            if changing and not node.active:
+                raise Error(f"Permission '{perms.names(changing)}' unavailable on inactive node", errno.EPERM)
+            if changing & ~perms.RESIZE and node.read_only:
+                raise Error("Block node is read-only", errno.EPERM)
             prepared.append((node, perm, shared))
             if node.opened:
                 node.driver.check_perm(perm, shared)

@@ -78,6 +78,8 @@ class Node:
         self.read_only = False
         self.auto_read_only = False
         self.active = True
+        #: What an inline child is without its own option ``active``.
+        self.inherits_active = True
         self.cache_direct = False
         self.no_flush = False
         self.discard_unmap = False
@@ -110,9 +112,9 @@ class Node:
 
     # --- what drivers use while they open ----------------------------------------------------------------------------
 
-    async def open_child(self, name: str, ref: BlockdevRef, role: int) -> Child:
-        """Open (or find) the node that `ref` describes and attach it as the child `name`."""
-        return await self.graph.open_child(self, name, ref, role)
+    async def open_child(self, name: str, ref: BlockdevRef, role: int, context: str = "") -> Child:
+        """Open (or find) the node that `ref` describes and attach it as the child `name`; see `Graph.open_child`."""
+        return await self.graph.open_child(self, name, ref, role, context)
 
     async def open_backing(self, filename: str, fmt: str | None) -> Child | None:
         """Open the backing file that an image names and attach it as ``backing``."""
@@ -510,6 +512,10 @@ class Node:
             bitmap.truncate(length)
         for edge in self.parents:
             edge.parent.child_resized(edge)
+
+    def reread_length(self) -> None:
+        """The driver has looked at the image again."""
+        self._set_length(self.driver.length())
 
     def child_resized(self, edge: Child) -> None:
         """A child has another length now: the content of filters and of raw changes with it."""

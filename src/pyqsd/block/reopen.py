@@ -1,21 +1,25 @@
 """``blockdev-reopen``: other options for open nodes, all or nothing.
 
-Everything that can fail is prepared first, then the permissions are worked out with the new children and read-only
-states, and only then is anything switched over, children before their parents. Requests are held back meanwhile.
+Everything that can fail is prepared first, with the new children in place already; then the permissions are worked out
+with them and the new read-only states, and only then is anything switched over, children before their parents. Requests
+are held back meanwhile.
 """
 
 from __future__ import annotations
 
 import errno
-from contextlib import AsyncExitStack
 from typing import Any
+
+from msgspec import structs
 
 from pyqsd.block import graph_perms
 from pyqsd.block import permissions as perms
 from pyqsd.block.child import Child
-from pyqsd.block.graph import Graph, apply_options, is_below
+from pyqsd.block.driver import ROLE_COW, ROLE_IMAGE
+from pyqsd.block.graph import Graph, apply_options
 from pyqsd.block.node import Node
 from pyqsd.block.options import BlockdevOptions
+from pyqsd.block.replace import Change
 from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import NULL
 
@@ -45,8 +49,6 @@ class _Prepared:
         self.driver_prepared = False
         #: Child name → the node to use instead, or None for no child.
         self.replaced: dict[str, Node | None] = {}
-        self.old_children: list[Child] = []
-        self.new_children: list[Child] = []
 
     def set_effective(self, values: dict[str, Any]) -> None:
         for name, value in values.items():
@@ -63,6 +65,17 @@ def _inherits(parent: Node, child: Child) -> bool:
     return not child.node.monitor_owned and child.node.parents[-1] is child
 
 
+class _Reopening:
+    """What belongs to one command. `keep_children`: options do not say anything about children, which stay."""
+
+    def __init__(self, graph: Graph, explicit: set[Node], keep_children: bool) -> None:
+        self.graph = graph
+        self.explicit = explicit
+        self.keep_children = keep_children
+        self.queue: list[_Prepared] = []
+        self.change = Change()
+
+
 async def reopen(graph: Graph, entries: list[BlockdevOptions]) -> None:
     """Give the nodes that `entries` name their new options. Raises Error, and then nothing has changed."""
     wanted: list[tuple[Node, BlockdevOptions]] = []
@@ -74,16 +87,29 @@ async def reopen(graph: Graph, entries: list[BlockdevOptions]) -> None:
             raise Error(f"Failed to find node with node-name='{options.node_name}'")
         wanted = [pair for pair in wanted if pair[0] is not node]
         wanted.append((node, options))
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(graph.drained(*[node for node, _ in wanted]))
-        queue: list[_Prepared] = []
+    await _reopen_nodes(graph, wanted, False)
+
+
+async def set_read_only(graph: Graph, node: Node, read_only: bool) -> None:
+    """Make `node`, with the children that were opened in line for it, read-only or not, and leave all else as it is.
+    Raises Error, and then nothing has changed."""
+    if node.read_only != read_only:
+        await _reopen_nodes(graph, [(node, structs.replace(node.options, read_only=read_only))], True)
+
+
+async def _reopen_nodes(graph: Graph, wanted: list[tuple[Node, BlockdevOptions]], keep_children: bool) -> None:
+    work = _Reopening(graph, {node for node, _ in wanted}, keep_children)
+    queue, change = work.queue, work.change
+    async with graph.drained(*_concerned(work.explicit)):
         try:
             for node, options in wanted:
-                await _prepare(graph, node, options, None, 0, queue, {n for n, _ in wanted})
-            _switch_graph(queue)
+                await _prepare(work, node, options, None, 0)
+            _check_permissions(work)
         except BaseException:
             for item in reversed(queue):
                 item.set_effective(item.old_effective)
+            change.undo()
+            for item in reversed(queue):
                 if item.driver_prepared:
                     await item.node.driver.reopen_abort(item.state)
             raise
@@ -91,49 +117,65 @@ async def reopen(graph: Graph, entries: list[BlockdevOptions]) -> None:
             item.node.options = item.options
             item.node.driver.options = item.options
             item.node.driver.reopen_commit(item.state)
+        change.commit()
         for item in reversed(queue):
             item.node.refresh_limits()
-            for child in item.old_children:
-                await graph.unref(child.node)
+        for child in change.removed:
+            await graph.unref(child.node)
 
 
-async def _prepare(
-    graph: Graph,
-    node: Node,
-    options: BlockdevOptions,
-    parent: Node | None,
-    role: int,
-    queue: list[_Prepared],
-    explicit: set[Node],
-) -> None:
+def _concerned(nodes: set[Node]) -> list[Node]:
+    """`nodes`, and what goes along with them."""
+    found = list(nodes)
+    for node in found:
+        found += [child.node for child in node.children if _inherits(node, child) and child.node not in found]
+    return found
+
+
+async def _prepare(work: _Reopening, node: Node, options: BlockdevOptions, parent: Node | None, role: int) -> None:
     item = _Prepared(node, options)
     driver = node.driver
-    if driver.backing is not None and getattr(options, "backing", None) is None:
-        raise Error(f"backing is missing for '{node.name}'")
-    children = _child_references(node, options)
-    for name, ref in children.items():
-        _find_replacement(graph, item, name, ref)
-    _check_same(node, options)
+    children: dict[str, Any] = {}
+    if not work.keep_children:
+        if driver.backing is not None and getattr(options, "backing", None) is None:
+            raise Error(f"backing is missing for '{node.name}'")
+        children = _child_references(node, options)
+        for name, ref in children.items():
+            _find_replacement(work.graph, item, name, ref)
+        _check_same(node, options)
     try:
         apply_options(node, options, parent, role)
         item.new_effective = {name: getattr(node, name) for name in _EFFECTIVE}
     finally:
         item.set_effective(item.old_effective)
+    item.new_effective["active"] = node.active
     if item.new_effective["force_share"] != item.old_effective["force_share"]:
         raise Error("Cannot change the option 'force-share'")
     if not node.read_only:
         await node.flush()
-    queue.append(item)
+    work.queue.append(item)
+    _replace_children(work.change, item)
     item.state = await driver.reopen_prepare(options, item.new_effective["read_only"])
     item.driver_prepared = True
     # From here on the node counts as what it is going to be; children inherit from that.
     item.set_effective(item.new_effective)
     for child in tuple(node.children):
-        if child.name in item.replaced or child.node in explicit or not _inherits(node, child):
+        if child.name in item.replaced or child.node in work.explicit or not _inherits(node, child):
             continue
         ref = children.get(child.name)
         inner = ref if isinstance(ref, BlockdevOptions) else child.node.options
-        await _prepare(graph, child.node, inner, node, child.role, queue, explicit)
+        await _prepare(work, child.node, inner, node, child.role)
+
+
+def _replace_children(change: Change, item: _Prepared) -> None:
+    for name, new in item.replaced.items():
+        current = next((child for child in item.node.children if child.name == name), None)
+        role = ROLE_COW if name == "backing" else ROLE_IMAGE
+        if current is not None:
+            role = current.role
+            change.remove(current)
+        if new is not None:
+            change.add(item.node, name, new, role)
 
 
 def _check_same(node: Node, options: BlockdevOptions) -> None:
@@ -153,7 +195,9 @@ def _check_same(node: Node, options: BlockdevOptions) -> None:
         before, after = getattr(old, name), getattr(options, name)
         if name == "node_name" and after is None:
             continue
-        if before != after and not (name == "active" and after is None):
+        if name == "active" and after == node.active:
+            continue
+        if before != after:
             if after is None:
                 raise Error(f"Option '{_wire(old, name)}' cannot be reset to its default value")
             raise Error(f"Cannot change the option '{_wire(old, name)}'")
@@ -188,53 +232,21 @@ def _find_replacement(graph: Graph, item: _Prepared, name: str, ref: Any) -> Non
     new = graph.nodes.get(ref)
     if new is None:
         raise Error(f"Cannot find device='' nor node-name='{ref}'")
-    if new is node or is_below(node, new):
-        raise Error(f"Making '{new.name}' a {name} child of '{node.name}' would create a cycle")
     item.replaced[name] = new
 
 
-def _switch_graph(queue: list[_Prepared]) -> None:
-    """Exchange children and work out all permissions. Raises Error, and then the graph is as before."""
-    was_read_only = {item.node: item.old_effective["read_only"] for item in queue}
+def _check_permissions(work: _Reopening) -> None:
     try:
-        for item in queue:
-            for name, new in item.replaced.items():
-                current = next((child for child in item.node.children if child.name == name), None)
-                role = current.role if current is not None else _role_of(name)
-                if current is not None:
-                    Graph.unlink(current)
-                    item.old_children.append(current)
-                if new is not None:
-                    child = Child(item.node, name, new, role, 0, perms.ALL)
-                    Graph.link(child)
-                    item.new_children.append(child)
-        roots = [item.node for item in queue]
-        roots += [child.node for item in queue for child in item.old_children]
-        try:
-            graph_perms.refresh(roots)
-        except Error as exc:
-            if exc.desc == "Block node is read-only":
-                _name_read_only_node(queue, was_read_only)
-            raise
-    except BaseException:
-        for item in queue:
-            for child in item.new_children:
-                Graph.unlink(child)
-            for child in item.old_children:
-                Graph.link(child)
-            item.new_children, item.old_children = [], []
+        graph_perms.refresh([item.node for item in work.queue] + [child.node for child in work.change.removed])
+    except Error as exc:
+        if exc.desc == "Block node is read-only":
+            _name_read_only_node(work.queue)
         raise
 
 
-def _name_read_only_node(queue: list[_Prepared], was_read_only: dict[Node, bool]) -> None:
+def _name_read_only_node(queue: list[_Prepared]) -> None:
     for item in queue:
         node = item.node
         perm, _ = graph_perms.cumulative(node)
-        if node.read_only and not was_read_only[node] and perm & perms.WRITE:
+        if node.read_only and not item.old_effective["read_only"] and perm & perms.WRITE:
             raise Error(f"Read-only block node '{node.name}' cannot support read-write users", errno.EPERM)
-
-
-def _role_of(name: str) -> int:
-    from pyqsd.block.driver import ROLE_COW, ROLE_IMAGE
-
-    return ROLE_COW if name == "backing" else ROLE_IMAGE

@@ -7,7 +7,6 @@ the first export of its type is made.
 from __future__ import annotations
 
 import asyncio
-import errno
 import importlib
 import importlib.util
 import logging
@@ -147,7 +146,6 @@ class Export:
         self.options = options
         self.backend = backend
         self.writable = bool(options.writable)
-        self.node_name = backend.node.name
         self.state = State.CREATED
 
     def become(self, state: State) -> None:
@@ -218,9 +216,12 @@ class Exports:
         if options.iothread is not None:
             raise Error(f'iothread "{options.iothread}" not found')
         if not node.active and not options.allow_inactive:
-            raise Error("Block node is inactive", errno.EPERM)
-        perm = perms.CONSISTENT_READ | (perms.WRITE if options.writable and node.active else 0)
+            from pyqsd.block.activation import activate
+
+            await activate(self.graph, node)
+        perm = perms.CONSISTENT_READ | (perms.WRITE if options.writable else 0)
         backend = BlockBackend(self.graph, "an unnamed block device", perm, perms.ALL)
+        backend.allow_inactive = bool(options.allow_inactive)
         backend.insert(node)
         try:
             # One after the other, as QSD does: messages name the first conflict.
@@ -288,7 +289,7 @@ class Exports:
             BlockExportInfo(
                 id=export.id,
                 type=export.export_type,
-                node_name=export.node_name,
+                node_name=export.backend.node.name,
                 shutting_down=export.state is State.SHUTTING_DOWN,
             )
             for export in reversed(list(self._exports.values()))

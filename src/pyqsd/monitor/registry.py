@@ -7,6 +7,8 @@ import importlib
 #: Importing these declares everything (`pyqsd.qapi.command.COMMANDS` and ``EVENTS``).
 MODULES = (
     "pyqsd.block.commands",
+    "pyqsd.block.graph_commands",
+    "pyqsd.block.snapshot",
     "pyqsd.block.bitmap_commands",
     "pyqsd.block.check_commands",
     "pyqsd.block.queries",

@@ -100,6 +100,11 @@ class Raw(Driver):
         assert self.file is not None
         self.node.child_resized(self.file)
 
+    async def activate(self) -> None:
+        # The file below may have got another size.
+        self._length = 0
+        self._checked(self.options)
+
     def length(self) -> int:
         if self._fixed is not None:
             return self._fixed

@@ -412,10 +412,10 @@ class PosixDriver(Driver):
 
     async def activate(self) -> None:
         """Unless ``drop-cache=off``, forget the pages that this host caches: another one may have written the file."""
-        if self.options.drop_cache is False or self._direct:
-            return
-        await self._call(_calls.drop_cache, self._fd)
         self._extents.forget()
+        self._size = await self._call(_calls.size_of, self._fd)
+        if self.options.drop_cache is not False and not self._direct:
+            await self._call(_calls.drop_cache, self._fd)
 
     # --- size -------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import Null
 
 if TYPE_CHECKING:
+    from pyqsd.block.child import Child
     from pyqsd.block.image_check import CheckResult
     from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
@@ -84,17 +85,23 @@ class Qcow2(Driver):
     # --- life ---------------------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        node, options = self.node, self.options
-        file = (await node.open_child("file", options.file, ROLE_IMAGE)).node
-        header = await opening.read_header(node, file, options)
-        image = await opening.open_image(node, file, header, options)
-        self._bitmaps = await opening.read_bitmaps(image)
-        self._adopt(image)
-        if not node.read_only:
-            await self._repair()
-            self._repaired = True
+        file = (await self.node.open_child("file", self.options.file, ROLE_IMAGE)).node
+        await self._load(file)
         await self._open_backing()
         self._start_cleaning()
+
+    async def _load(self, file: Node) -> None:
+        """Read the metadata of the image in `file` and use it from now on. Raises Error."""
+        node = self.node
+        header = await opening.read_header(node, file, self.options)
+        image = await opening.open_image(node, file, header, self.options)
+        self._bitmaps = await opening.read_bitmaps(image)
+        self._adopt(image)
+        self._ready = self._repaired = False
+        self._preallocated = None
+        if not node.read_only and node.active:
+            await self._repair()
+            self._repaired = True
 
     async def _open_backing(self) -> None:
         ref, header = self.options.backing, self.image.header
@@ -102,15 +109,13 @@ class Qcow2(Driver):
             if header.backing_file:
                 await self.node.open_backing(header.backing_file, header.backing_format)
         elif not isinstance(ref, Null):
-            try:
-                await self.node.open_child("backing", ref, ROLE_COW)
-            except Error as exc:
-                raise exc.prefixed("Could not open backing file: ") from exc
+            await self.node.open_child("backing", ref, ROLE_COW, "Could not open backing file: ")
 
     def _adopt(self, image: Image) -> None:
         """Use `image`, and keep at hand what the hot paths need of it."""
         self.image = image
         l2 = image.l2
+        self._last_key = -1
         self._unpacked = Unpacked(image)
         if image.extended:
             self._writer = extended.ExtendedWriter(image, self._unpacked)
@@ -165,11 +170,35 @@ class Qcow2(Driver):
 
     async def inactivate(self) -> None:
         await self._complete()
+        await self.image.tasks_done()
+
+    async def activate(self) -> None:
+        old = self.image
+        try:
+            await self._load(old.file)
+        except Error as exc:
+            self._adopt(old)
+            raise exc.prefixed("Could not reopen qcow2 layer: ") from exc
+
+    async def change_backing_file(self, filename: str | None, fmt: str | None) -> None:
+        self.image.check_usable()
+        if filename is not None and len(headers.os_encode(filename)) > headers.MAX_BACKING_NAME:
+            raise Error("Backing file name too long", errno.EINVAL)
+        extensions = [one for one in self.image.header.extensions if one[0] != headers.EXT_BACKING_FORMAT]
+        if filename and fmt:
+            extensions.insert(0, (headers.EXT_BACKING_FORMAT, fmt.encode()))
+        await self.image.rewrite_header(backing_file=filename or None, extensions=extensions)
+        self.node.auto_backing_filename = None
+
+    def child_changed(self, child: Child) -> None:
+        if child is self.file:
+            self.image.use_file(child.node)
+            self._data = self.image.data
 
     async def _complete(self) -> None:
         """Bring everything to disk, refcounts too, and say so in the header. Raises OSError."""
         image = self.image
-        if image.broken or self.node.read_only:
+        if image.broken or self.node.read_only or not self.node.active:
             return
         await image.writeback.run(refcounts=True)
         while image.writeback.needed:
@@ -501,6 +530,8 @@ class Qcow2(Driver):
             # Everything goes to disk, so that the caches can be made anew, or the node can become read-only.
             try:
                 await self._complete()
+                # The file may be about to be another node.
+                await image.file.flush()
             except OSError as exc:
                 raise Error("Failed to flush the L2 table cache", exc.errno or errno.EIO) from exc
         return (options, await opening.metadata_map(image, new.overlap), read_only)

@@ -79,6 +79,15 @@ class Image:
         self._can_reserve = True
         self._reserving = asyncio.Lock()
 
+    def use_file(self, file: Node) -> None:
+        """`file` is the node with the image file now. It has the same content, but perhaps another end."""
+        if self.data is self.file:
+            self.data = file
+        self.file = file
+        self.touched_end = max(self.touched_end, file.length)
+        self.kept_length = max(self.kept_length, file.length)
+        self._can_reserve = True
+
     @property
     def backing(self) -> Node | None:
         """The backing file, whichever it is now."""

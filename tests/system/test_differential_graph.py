@@ -1,0 +1,406 @@
+"""Differential: commands that change the graph (snapshots, set-active, x-blockdev-change, change-backing-file)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import images
+from tests.support.nbd import NbdClient, NbdError
+from tests.system.differential import Context, Do, Event, Session, add, check_session, cmd, delete
+from tests.system.test_differential_blockdev import NBD_START, export, file, null, qcow2, raw
+
+GRAPH = cmd("x-debug-query-block-graph")
+
+
+def nodes(context: Context) -> Any:
+    """All nodes, but for how large image files are: that depends on when tables are written."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            left_out = {"actual-size", "virtual-size"} if value.get("format") == "file" else {"actual-size"}
+            return {key: strip(item) for key, item in value.items() if key not in left_out}
+        return [strip(item) for item in value] if isinstance(value, list) else value
+
+    return strip(context.daemon.qmp.execute("query-named-block-nodes", flat=True))
+
+
+NODES = Do("nodes", nodes)
+SHOW = (GRAPH, NODES)
+
+
+def snap(node: str, overlay: str) -> dict[str, Any]:
+    return cmd("blockdev-snapshot", node=node, overlay=overlay)
+
+
+def change(**arguments: Any) -> dict[str, Any]:
+    return cmd("x-blockdev-change", **arguments)
+
+
+def rename(device: str, node: str, name: str) -> dict[str, Any]:
+    return cmd("change-backing-file", device=device, image_node_name=node, backing_file=name)
+
+
+def active(state: bool, node: str | None = None) -> dict[str, Any]:
+    return cmd("blockdev-set-active", active=state, **({} if node is None else {"node_name": node}))
+
+
+def reopen(*options: dict[str, Any]) -> dict[str, Any]:
+    return cmd("blockdev-reopen", options=list(options))
+
+
+def connect(label: str, name: str) -> Do:
+    """A connection that stays open."""
+
+    def run(context: Context) -> Any:
+        context.keep[label] = NbdClient(context.workdir / "nbd.sock", name)
+        return context.keep[label].size
+
+    return Do(f"connect {label}", run)
+
+
+def use(label: str, what: str, action: Any) -> Do:
+    def run(context: Context) -> Any:
+        try:
+            return action(context.keep[label])
+        except NbdError as exc:
+            return str(exc)
+
+    return Do(f"{label}: {what}", run)
+
+
+def once(name: str, what: str, action: Any) -> Do:
+    def run(context: Context) -> Any:
+        with NbdClient(context.workdir / "nbd.sock", name) as client:
+            try:
+                result = action(client)
+            except NbdError as exc:
+                result = str(exc)
+            client.disconnect()
+        return result
+
+    return Do(f"{name}: {what}", run)
+
+
+def write(fill: bytes, offset: int = 0) -> Any:
+    return lambda client: client.pwrite(offset, fill * 512)
+
+
+def read(offset: int = 0, length: int = 512) -> Any:
+    return lambda client: client.pread(offset, length).hex()
+
+
+SESSIONS = [
+    Session(
+        "x-blockdev-change",
+        [
+            change(),
+            change(parent="nosuch"),
+            raw("r"),
+            null("n"),
+            qcow2("q", "top.qcow2"),
+            change(parent="r"),
+            change(parent="r", child="file"),
+            change(parent="r", child="nosuch"),
+            change(parent="r", node="n"),
+            change(parent="r", node="nosuch"),
+            change(parent="r", node=""),
+            change(parent="r", child="file", node="n"),
+            change(parent="r", child="nosuch", node="nosuch"),
+            change(parent="q", child="backing"),
+            change(parent="q", child="file"),
+            change(parent="q", node="n"),
+            change(parent="n", node="r"),
+            change(parent="n", child="x"),
+            *SHOW,
+        ],
+        images=("raw.img", "base.qcow2", "mid.qcow2", "top.qcow2"),
+    ),
+    Session(
+        "change-backing-file",
+        [
+            cmd("change-backing-file"),
+            rename("nosuch", "nosuch", "x"),
+            raw("r"),
+            null("n"),
+            qcow2("top", "top.qcow2"),
+            qcow2("p", "plain.qcow2"),
+            rename("top", "nosuch", "x"),
+            rename("r", "r", "x"),
+            rename("p", "p", "x"),
+            rename("p", "top", "x"),
+            rename("top", "p", "x"),
+            rename("n", "n", "x"),
+            rename("top", "top", ""),
+            NODES,
+            rename("top", "top", "x" * 1023),
+            NODES,
+            rename("top", "top", "json:{}"),
+            NODES,
+            rename("top", "top", "./mid.qcow2"),
+            NODES,
+            rename("top", "top", "mid.qcow2"),
+            *SHOW,
+            qcow2("ro", "mid.qcow2", read_only=True),
+            rename("ro", "ro", "base.qcow2"),
+            NBD_START,
+            export("e", "top", writable=True),
+            once("top", "write", write(b"x")),
+            rename("top", "top", "raw.img"),
+            once("top", "read", read(0, 1024)),
+            NODES,
+        ],
+        images=("raw.img", "plain.qcow2", "base.qcow2", "mid.qcow2", "top.qcow2"),
+    ),
+    Session(
+        "change-backing-file-below",
+        [
+            add(driver="qcow2", node_name="b", file=file("base.qcow2"), read_only=True),
+            add(driver="qcow2", node_name="m", file=file("mid.qcow2"), read_only=True, backing="b"),
+            add(driver="qcow2", node_name="t", file=file("top.qcow2"), backing="m"),
+            rename("t", "m", "/abs/base.qcow2"),
+            *SHOW,
+            rename("t", "t", "/abs/base.qcow2"),
+            *SHOW,
+            rename("t", "b", "x"),
+            rename("m", "m", "x"),
+            Do("info", lambda c: images.info(c.workdir / "mid.qcow2")["backing-filename"]),
+        ],
+        images=("base.qcow2", "mid.qcow2", "top.qcow2"),
+    ),
+    Session(
+        "snapshot",
+        [
+            cmd("blockdev-snapshot"),
+            snap("a", "b"),
+            qcow2("b", "base.qcow2"),
+            snap("b", "nosuch"),
+            snap("b", "b"),
+            add(driver="qcow2", node_name="o", file=file("plain.qcow2"), backing=None),
+            snap("nosuch", "o"),
+            *SHOW,
+            snap("b", "o"),
+            *SHOW,
+            snap("b", "o"),
+            snap("b", "nosuch"),
+            delete("b"),
+            delete("o"),
+            *SHOW,
+            delete("b"),
+        ],
+        images=("base.qcow2", "plain.qcow2"),
+    ),
+    Session(
+        "snapshot-checks",
+        [
+            raw("r"),
+            null("n", size=1048576),
+            qcow2("withb", "top.qcow2"),
+            qcow2("ro", "plain.qcow2", read_only=True),
+            qcow2("q", "c4k.qcow2"),
+            snap("r", "withb"),
+            snap("r", "n"),
+            snap("q", "q"),
+            NBD_START,
+            export("eq", "q"),
+            snap("r", "q"),
+            cmd("block-export-del", id="eq"),
+            Event("BLOCK_EXPORT_DELETED"),
+            export("e", "r", writable=True),
+            snap("r", "ro"),
+            *SHOW,
+            once("r", "write", write(b"x")),
+            snap("n", "ro"),
+            *SHOW,
+            snap("n", "q"),
+            snap("ro", "n"),
+            snap("r", "q"),
+            *SHOW,
+            cmd("query-block-exports"),
+            add(driver="raw", node_name="above", file="q"),
+            qcow2("q2", "rb1.qcow2"),
+            add(driver="raw", node_name="above2", file="q2"),
+            snap("q", "q2"),
+            *SHOW,
+            snap("above", "q2"),
+            snap("above", "above2"),
+            qcow2("z", "zlib.qcow2"),
+            snap("z", "r"),
+            snap("z", "withb"),
+        ],
+        images=(
+            "raw.img",
+            "base.qcow2",
+            "mid.qcow2",
+            "top.qcow2",
+            "plain.qcow2",
+            "c4k.qcow2",
+            "rb1.qcow2",
+            "zlib.qcow2",
+        ),
+    ),
+    Session(
+        "snapshot-exported",
+        [
+            raw("r"),
+            add(driver="qcow2", node_name="o", file=file("rawback.qcow2"), backing=None),
+            cmd("block-dirty-bitmap-add", node="r", name="bitmap"),
+            NBD_START,
+            export("e", "r", writable=True),
+            connect("c", "r"),
+            use("c", "write", write(b"1")),
+            snap("r", "o"),
+            *SHOW,
+            use("c", "write on", write(b"2", 512)),
+            use("c", "read", read(0, 1024)),
+            cmd("query-block-exports"),
+            *SHOW,
+            export("e2", "r", name="below"),
+            export("e3", "r", name="e3", writable=True),
+            GRAPH,
+            once("below", "read", read(0, 1024)),
+            cmd("block-export-del", id="e", mode="hard"),
+            Event("BLOCK_EXPORT_DELETED"),
+            cmd("block-export-del", id="e2"),
+            Event("BLOCK_EXPORT_DELETED"),
+            *SHOW,
+            delete("o"),
+            delete("r"),
+        ],
+        images=("raw.img", "rawback.qcow2"),
+    ),
+    Session(
+        "snapshot-read-only",
+        [
+            raw("r", read_only=True),
+            qcow2("o", "plain.qcow2"),
+            qcow2("o2", "c4k.qcow2", read_only=True),
+            NBD_START,
+            export("e", "r"),
+            snap("r", "o"),
+            *SHOW,
+            snap("o", "o2"),
+            *SHOW,
+        ],
+        images=("raw.img", "plain.qcow2", "c4k.qcow2"),
+    ),
+    Session(
+        "set-active",
+        [
+            cmd("blockdev-set-active"),
+            active(True),
+            active(False),
+            active(False, "nosuch"),
+            raw("r"),
+            null("n"),
+            active(False, "r"),
+            *SHOW,
+            active(False, "r"),
+            active(True, "r"),
+            *SHOW,
+            active(True, "r"),
+            NBD_START,
+            export("e", "r", writable=True),
+            active(False, "r"),
+            active(False),
+            *SHOW,
+            cmd("block-export-del", id="e"),
+            Event("BLOCK_EXPORT_DELETED"),
+            export("e", "r"),
+            active(False),
+            *SHOW,
+            once("r", "read", read()),
+            export("e2", "r", name="e2"),
+            *SHOW,
+            export("w", "r", name="w", allow_inactive=True, writable=True),
+            connect("w", "w"),
+            use("w", "write", write(b"1")),
+            active(False, "r"),
+            *SHOW,
+            use("w", "write to inactive", write(b"2")),
+            use("w", "read from inactive", read()),
+            export("w2", "r", name="w2", allow_inactive=True, writable=True),
+            GRAPH,
+            once("w2", "write to inactive", write(b"2")),
+            cmd("block_resize", node_name="r", size=1 << 21),
+            active(True),
+            *SHOW,
+            use("w", "write again", write(b"3")),
+            use("w", "read again", read()),
+        ],
+        images=("raw.img",),
+    ),
+    Session(
+        "set-active-chain",
+        [
+            qcow2("b", "base.qcow2", read_only=True),
+            add(driver="file", node_name="mf", filename="mid.qcow2"),
+            add(driver="qcow2", node_name="m", file="mf", backing="b"),
+            active(False, "mf"),
+            active(False, "b"),
+            *SHOW,
+            active(False, "m"),
+            *SHOW,
+            active(True, "mf"),
+            *SHOW,
+            active(True, "m"),
+            *SHOW,
+            active(False),
+            *SHOW,
+            active(True),
+            *SHOW,
+            active(False),
+            cmd("block_resize", node_name="m", size=8 << 20),
+            reopen({"driver": "qcow2", "node-name": "m", "file": "mf", "backing": "b", "lazy-refcounts": True}),
+            cmd("block-dirty-bitmap-add", node="m", name="x"),
+            *SHOW,
+            delete("m"),
+        ],
+        images=("base.qcow2", "mid.qcow2"),
+    ),
+    Session(
+        "add-inactive",
+        [
+            qcow2("m", "mid.qcow2", active=False),
+            *SHOW,
+            add(driver="raw", node_name="above", file="m"),
+            add(driver="raw", node_name="above", file="m", active=False),
+            *SHOW,
+            active(True, "m"),
+            *SHOW,
+            delete("above"),
+            add(driver="qcow2", node_name="q", file=file("plain.qcow2", active=False)),
+            add(driver="qcow2", node_name="q1", file=file("plain.qcow2"), active=False),
+            add(driver="qcow2", node_name="q2", file=file("plain.qcow2"), active=False),
+            *SHOW,
+            active(True, "q1"),
+            active(True, "q2"),
+            *SHOW,
+            active(False, "q1"),
+            active(True, "q2"),
+            *SHOW,
+            delete("m"),
+            qcow2("b", "base.qcow2", active=False),
+            add(driver="qcow2", node_name="m", file=file("mid.qcow2"), backing="b"),
+            add(
+                driver="qcow2",
+                node_name="m",
+                file=file("mid.qcow2"),
+                backing={"driver": "qcow2", "active": False, "file": file("base.qcow2")},
+            ),
+            add(driver="raw", node_name="r", file=file("raw.img"), active=False),
+            NBD_START,
+            export("e", "r", writable=True),
+            *SHOW,
+            reopen({"driver": "raw", "node-name": "r", "file": file("raw.img")}),
+        ],
+        images=("raw.img", "plain.qcow2", "base.qcow2", "mid.qcow2"),
+    ),
+]
+
+
+@pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
+def test_session(session: Session, image_set: Path, tmp_path: Path) -> None:
+    check_session(session, image_set, tmp_path)
