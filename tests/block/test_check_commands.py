@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pyqsd.block import permissions as perms
+from pyqsd.block.backend import BlockBackend
 from tests.support import images
 
 from .inprocess import Commands, run
@@ -27,6 +29,47 @@ def test_check(tmp_path: Path) -> None:
         assert not qmp.graph.backends
 
     run(test)
+
+
+def test_repair(tmp_path: Path) -> None:
+    """Not while somebody may write; afterwards they can go on."""
+    path = images.create(tmp_path / "a.qcow2", "1M")
+    images.io(path, "write 0 128k")
+    with path.open("r+b") as file:
+        # The refcounts of the two clusters: too high, too low; and of one that is not in use.
+        file.seek(0x20000 + 2 * 5)
+        file.write(b"\0\2\0\0")
+        file.seek(0x20000 + 2 * 7)
+        file.write(b"\0\1")
+        file.truncate(8 << 16)
+
+    async def test(qmp: Commands) -> None:
+        await qmp.add("qcow2", "q", file={"driver": "file", "filename": str(path)})
+        writer = BlockBackend(qmp.graph, "an export", perms.CONSISTENT_READ | perms.WRITE, perms.ALL)
+        writer.insert(qmp.graph.find("q"))
+        found = await qmp("x-blockdev-check", node_name="q")
+        # With two flags that do not fit the counts.
+        assert (found["leaks"], found["corruptions"]) == (2, 3)
+        for what in ("leaks", "all"):
+            message = await qmp.refused("x-blockdev-check", node_name="q", repair=what)
+            assert message == (
+                "Permission conflict on node 'q': permissions 'write' are both required by an export (uses node 'q' as "
+                "'root' child) and unshared by a check (uses node 'q' as 'root' child)."
+            )
+        writer.set_perms(perms.CONSISTENT_READ, perms.ALL)
+        found = await qmp("x-blockdev-check", node_name="q", repair="leaks")
+        assert (found.get("leaks"), found["leaks-fixed"], found["corruptions"]) == (None, 2, 2)
+        found = await qmp("x-blockdev-check", node_name="q", repair="all")
+        assert (found.get("corruptions"), found["corruptions-fixed"]) == (None, 1)
+        found = await qmp("x-blockdev-check", node_name="q", repair="none")
+        assert not found.keys() & {"corruptions", "leaks", "corruptions-fixed", "leaks-fixed"}
+        writer.set_perms(perms.CONSISTENT_READ | perms.WRITE, perms.ALL)
+        await writer.pwritev(0, 4, [memoryview(b"next")])
+        writer.remove()
+        assert not qmp.graph.backends
+
+    run(test)
+    images.assert_clean(path)
 
 
 def test_other_formats(tmp_path: Path) -> None:

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 
 from pyqsd.block import filenames
 from pyqsd.block import permissions as perms
 from pyqsd.block.backend import BlockBackend
 from pyqsd.block.graph import Graph
-from pyqsd.block.image_check import CheckResult, ImageCheck
+from pyqsd.block.image_check import BlockdevCheckRepair, CheckResult, ImageCheck
 from pyqsd.block.node import Node
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
 
+log = logging.getLogger(__name__)
+
 
 @command("x-blockdev-check", features=("unstable",))
-async def x_blockdev_check(graph: Graph, /, *, node_name: str) -> ImageCheck:
-    """Look for errors in the metadata of an image. Requests to the node wait meanwhile."""
+async def x_blockdev_check(graph: Graph, /, *, node_name: str, repair: BlockdevCheckRepair | None = None) -> ImageCheck:
+    """Look for errors in the metadata of an image, and repair them (not by default). Requests to the node wait
+    meanwhile. Nothing is repaired while somebody may write to the node."""
     node = graph.find(node_name)
-    backend = BlockBackend(graph, "a check", perms.CONSISTENT_READ, perms.ALL)
+    what = repair or BlockdevCheckRepair.NONE
+    shared = perms.ALL if what == BlockdevCheckRepair.NONE else perms.CONSISTENT_READ
+    backend = BlockBackend(graph, "a check", perms.CONSISTENT_READ, shared)
     backend.insert(node)
     try:
         async with graph.drained(node):
             try:
-                result = await node.driver.check()
+                result = await node.driver.check(what.value)
             except OSError as exc:
                 number = exc.errno or errno.EIO
                 raise Error(f"Check failed: {os.strerror(number)}", number) from exc
     finally:
         backend.remove()
+    for finding, times in result.findings.items():
+        log.warning("node '%s': %d %s", node.name, times, finding)
     return image_check(node, result)
 
 

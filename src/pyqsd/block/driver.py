@@ -275,9 +275,10 @@ class Driver:
 
     # --- the image as a whole -----------------------------------------------------------------------------------------
 
-    async def check(self) -> CheckResult:
-        """Look for errors in the metadata of the image; the node is drained. Raises Error, OSError if that is not
-        possible."""
+    async def check(self, repair: str = "none") -> CheckResult:
+        """Look for errors in the metadata of the image, and `repair` "leaks", "all", or "none" of them. The node is
+        drained, and nobody else writes to it where something is repaired. Raises Error, OSError if it cannot be done.
+        """
         raise Error("This image format does not support checks", errno.ENOTSUP)
 
     # --- bitmaps in the image -----------------------------------------------------------------------------------------

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from pyqsd.qapi.types import Struct
+
+
+class BlockdevCheckRepair(StrEnum):
+    """What a check may change: nothing, the counts of clusters that nothing refers to, or all that it can put right."""
+
+    NONE = "none"
+    LEAKS = "leaks"
+    ALL = "all"
 
 
 class ImageCheck(Struct, kw_only=True):

@@ -10,7 +10,9 @@ import errno
 from array import array
 from typing import TYPE_CHECKING, Any
 
+from pyqsd.block import graph_perms
 from pyqsd.block import iov as iovs
+from pyqsd.block import permissions as perms
 from pyqsd.block.driver import MAY_UNMAP, NO_FALLBACK, ROLE_COW, ROLE_IMAGE, Driver, Limits
 from pyqsd.block.extents import ALLOCATED, COMPRESSED, DATA, DRIVER, OFFSET_VALID, RECURSE, ZERO, Extent
 from pyqsd.drivers.formats.qcow2 import extended, info, opening, tables
@@ -69,6 +71,8 @@ class Qcow2(Driver):
         #: Whether writes may go on without another look at the header.
         self._ready = False
         self._repaired = False
+        #: The image is being repaired, whether or not the node may be written to.
+        self._repairing = False
         self._preparing = asyncio.Lock()
         self._preallocated: bool | None = None
         self._clean_timer: asyncio.TimerHandle | None = None
@@ -152,10 +156,10 @@ class Qcow2(Driver):
         """Make the refcounts of a dirty image right. Raises Error."""
         if not self.image.header.incompatible & headers.INCOMPAT_DIRTY:
             return
-        from pyqsd.drivers.formats.qcow2 import repair
+        from pyqsd.drivers.formats.qcow2.check import repairing
 
         try:
-            await repair.rebuild_refcounts(self.image)
+            await repairing.repair_dirty(self.image)
         except (OSError, Error) as exc:
             number = exc.errno or errno.EIO
             raise Error("Could not repair dirty image", number) from exc
@@ -500,12 +504,36 @@ class Qcow2(Driver):
 
     # --- checking ---------------------------------------------------------------------------------------------------
 
-    async def check(self) -> CheckResult:
-        from pyqsd.drivers.formats.qcow2.check import checking
+    async def check(self, repair: str = "none") -> CheckResult:
+        from pyqsd.drivers.formats.qcow2.check import checking, repairing
 
-        self.image.check_usable()
+        image = self.image
+        image.check_usable()
         await self._complete()
-        return await checking.check(self.image)
+        if repair == "none":
+            return await checking.check(image)
+        found: list[CheckResult] = []
+
+        async def run() -> None:
+            found.append(await repairing.check_and_repair(image, repair == "all"))
+
+        # Also a node that was opened read-only, because its image is corrupt, writes to the file then.
+        self._repairing = True
+        try:
+            graph_perms.refresh([self.node])
+            # What is half repaired is not left so, even if nobody waits any more.
+            await image.uncancelled(run())
+        finally:
+            await image.tasks_done()
+            self._repairing = False
+            graph_perms.refresh([self.node])
+        return found[0]
+
+    def child_perms(self, child: Child, role: int, perm: int, shared: int) -> tuple[int, int]:
+        need, share = super().child_perms(child, role, perm, shared)
+        if self._repairing and child is self.file:
+            need |= perms.WRITE | perms.RESIZE
+        return need, share
 
     # --- what people see ---------------------------------------------------------------------------------------------
 

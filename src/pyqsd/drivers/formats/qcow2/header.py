@@ -23,6 +23,8 @@ SNAPSHOT_HEADER_BYTES = 40
 MAX_BACKING_NAME = 1023
 
 V2_HEADER_BYTES = 72
+#: Refcounts have 16 bits there.
+V2_REFCOUNT_ORDER = 4
 V3_HEADER_BYTES = 104
 #: The header that we write, with the compression type.
 HEADER_BYTES = 112
@@ -475,6 +477,15 @@ def size_field(size: int) -> tuple[int, bytes]:
 
 def l1_fields(entries: int, offset: int) -> tuple[int, bytes]:
     return 36, entries.to_bytes(4, "big") + offset.to_bytes(8, "big")
+
+
+def refcount_fields(header: Header) -> tuple[int, bytes]:
+    """Where the refcount table is, and (version 3) how wide refcounts are, with the fields in between."""
+    data = struct.pack(">QI", header.reftable_offset, header.reftable_clusters)
+    if header.version >= 3:
+        data += struct.pack(">IQ", header.nb_snapshots, header.snapshots_offset)
+        data += feature_fields(header)[1] + struct.pack(">I", header.refcount_order)
+    return 48, data
 
 
 def reftable_fields(offset: int, clusters: int) -> tuple[int, bytes]:

@@ -258,7 +258,7 @@ class Image:
 
     async def set_features(self, incompatible: int, compatible: int, autoclear: int) -> None:
         """Change the feature masks, and make that durable. Version 3 only. Raises OSError."""
-        async with self._changed_header(incompatible=incompatible, compatible=compatible, autoclear=autoclear):
+        async with self.changed_header(incompatible=incompatible, compatible=compatible, autoclear=autoclear):
             at, data = headers.feature_fields(self.header)
             await self.file.pwrite(at, data)
             await self.file.flush()
@@ -271,13 +271,13 @@ class Image:
         from pyqsd.drivers.formats.qcow2 import header_area
 
         async def rewrite() -> None:
-            async with self._changed_header(**changes):
+            async with self.changed_header(**changes):
                 await header_area.write(self)
 
         await self.uncancelled(rewrite())
 
     @asynccontextmanager
-    async def _changed_header(self, **changes: Any) -> AsyncIterator[None]:
+    async def changed_header(self, **changes: Any) -> AsyncIterator[None]:
         """Change attributes of the header while the caller brings that to disk; back again if that fails."""
         async with self.header_lock:
             header = self.header

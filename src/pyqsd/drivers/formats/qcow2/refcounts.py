@@ -207,17 +207,6 @@ class Refcounts:
         self.table = array("Q", bytes(data))
         self.table.byteswap()
 
-    def replace(self, table: array[int]) -> None:
-        """Go on with a table that has just been written (and its blocks)."""
-        self.table = table
-        self.blocks.clear()
-        self._dirty.clear()
-        self._new_entries.clear()
-        self._moving = None
-        self._unreserved.clear()
-        self._unreserved_table = False
-        self.hint = 0
-
     async def load_missing(self, missing: MissingBlock) -> None:
         """Bring what an allocation lacked to memory. Raises OSError."""
         await self.load(missing.index, not missing.together)

@@ -16,17 +16,22 @@ if TYPE_CHECKING:
 _MOST_CLUSTERS = (1 << 31) - 1
 
 
-async def check(image: Image) -> CheckResult:
-    """Look at an image, everything of which must be on disk. Raises OSError, Error."""
-    result = CheckResult()
-    size = image.cluster_size
-    clusters = (image.file.length + image.cluster_mask) >> image.cluster_bits
-    if clusters > _MOST_CLUSTERS:
+def start(image: Image) -> CheckResult:
+    """What is known before anything is read. Raises OSError if the image cannot be checked."""
+    if (image.file.length + image.cluster_mask) >> image.cluster_bits > _MOST_CLUSTERS:
         raise OSError(errno.EFBIG, "File too large")
-    result.total_clusters = ((image.header.size & ~511) + size - 1) >> image.cluster_bits
+    result = CheckResult()
+    result.total_clusters = ((image.header.size & ~511) + image.cluster_mask) >> image.cluster_bits
     if image.header.version >= 3:
+        # The size of the disk is an optional field in version 2 only.
         incomplete = sum(one.disk_size is None for one in image.snapshots)
         result.corrupt("incomplete entries of the snapshot table", incomplete)
+    return result
+
+
+async def check(image: Image) -> CheckResult:
+    """Look at an image, everything of which must be on disk. Raises OSError, Error."""
+    result = start(image)
     walk = Walk(image, result)
     await walk.everything()
     await walk.refcount_structures()
@@ -34,5 +39,5 @@ async def check(image: Image) -> CheckResult:
     disk = await DiskCounts.read(image)
     last = await compare(walk, disk)
     await count_wrong_flags(walk, disk)
-    result.image_end_offset = (last + 1) * size
+    result.image_end_offset = (last + 1) << image.cluster_bits
     return result

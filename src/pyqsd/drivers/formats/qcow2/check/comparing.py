@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pyqsd.drivers.formats.qcow2.check import l2
+from pyqsd.drivers.formats.qcow2.check import counting, l2
 from pyqsd.drivers.formats.qcow2.check.arrays import (
     BATCH_BYTES,
     BATCH_READS,
@@ -134,17 +134,17 @@ def _groups(clusters: Ints, bits: int) -> list[tuple[int, Ints]]:
     return list(grouped(clusters >> bits))
 
 
+def windows(walk: Walk, disk: DiskCounts) -> list[tuple[int, int]]:
+    """The windows that have refcounts or references, and how many clusters of each exist."""
+    bits, end = disk.window_bits, walk.references.end
+    numbers = {number >> (bits - CHUNK_BITS) for number in walk.references.chunks} | set(disk.windows())
+    return [(number, min(1 << bits, end - (number << bits))) for number in sorted(numbers) if number << bits < end]
+
+
 async def compare(walk: Walk, disk: DiskCounts) -> int:
     """Count the differences into the result of `walk`. Returns the last cluster that is in use. Raises OSError."""
-    references = walk.references
-    bits = disk.window_bits
-    numbers = {number >> (bits - CHUNK_BITS) for number in references.chunks} | set(disk.windows())
     last = 0
-    for number in sorted(numbers):
-        first = number << bits
-        count = min(1 << bits, references.end - first)
-        if count <= 0:
-            break
+    for number, count in windows(walk, disk):
         counts, unknown = await disk.window(number)
         last = max(last, await worked(len(counts), _compare, walk, disk, number, count, counts, unknown))
     return last
@@ -163,22 +163,35 @@ def _compare(walk: Walk, disk: DiskCounts, number: int, count: int, counts: Coun
     if len(unknown):
         base = number << (disk.window_bits - disk.block_bits)
         known.reshape(-1, 1 << disk.block_bits)[unknown - base] = False
+        walk.rebuild = True
         result.failed("clusters whose refcount cannot be read", count - int(np.count_nonzero(known[:count])))
     known = known[:count]
     less, more = known & (have < want), known & (have > want)
-    result.corrupt("clusters with a refcount that is too low", int(np.count_nonzero(less)))
+    result.corrupt(counting.TOO_LOW, int(np.count_nonzero(less)))
     result.leaked(int(np.count_nonzero(more)))
-    if (less & (have == 0)).any():
-        # What is in use looks free: nothing may be allocated before that is put right.
-        walk.rebuild = True
+    if less.any() and not walk.rebuild:
+        # Where there is no block, there is nothing to put right in place.
+        blocks = np.unique(np.flatnonzero(less) >> disk.block_bits) + (first >> disk.block_bits)
+        walk.rebuild = bool((disk.table[blocks[blocks < len(disk.table)]] == 0).any() or blocks[-1] >= len(disk.table))
     used = np.flatnonzero(known & ((have != 0) | (want != 0)))
     return first + int(used[-1]) if len(used) else 0
 
 
-async def wrong_flags(walk: Walk, disk: DiskCounts) -> tuple[Ints, AsyncIterator[tuple[Ints, Ints, Ints, Bools]]]:
+class WrongFlags(NamedTuple):
+    """Some L2 tables: their offsets, how often the active L1 table refers to each, and how often any; their content;
+    which of the words are wrong."""
+
+    offsets: Ints
+    times: Ints
+    total: Ints
+    words: Ints
+    bitmaps: Ints | None
+    wrong: Bools
+
+
+async def wrong_flags(walk: Walk, disk: DiskCounts) -> tuple[Ints, AsyncIterator[WrongFlags]]:
     """Where the flag COPIED ("the refcount is exactly one") of the active tables is wrong: the indices of such entries
-    of the L1 table, and an iterator over the L2 tables that have some: (their offsets, how often the L1 table refers to
-    each, their content, which of its words are wrong). Raises OSError."""
+    of the L1 table, and an iterator over the L2 tables that have some. Raises OSError."""
     header, file = walk.image.header, walk.file
     l1 = await read_entries(file, header.l1_offset, header.l1_size)
     offsets = l1 & OFFSET_MASK
@@ -187,11 +200,11 @@ async def wrong_flags(walk: Walk, disk: DiskCounts) -> tuple[Ints, AsyncIterator
     return np.flatnonzero(wrong), _tables_with_wrong_flags(walk, disk)
 
 
-async def _tables_with_wrong_flags(walk: Walk, disk: DiskCounts) -> AsyncIterator[tuple[Ints, Ints, Ints, Bools]]:
+async def _tables_with_wrong_flags(walk: Walk, disk: DiskCounts) -> AsyncIterator[WrongFlags]:
     layout = walk.layout
     entries = layout.size >> (4 if layout.extended else 3)
     step = max(1, min(BATCH_BYTES // layout.size, BATCH_READS))
-    for offsets, times, plain in walk.active:
+    for offsets, times, total, plain in walk.active:
         known = (offsets != 0) & (await disk.kinds(offsets >> layout.bits) != _UNKNOWN)
         candidates = []
         for index in np.flatnonzero(known).tolist():
@@ -203,7 +216,7 @@ async def _tables_with_wrong_flags(walk: Walk, disk: DiskCounts) -> AsyncIterato
         for start in range(0, len(candidates), step):
             part = np.array(candidates[start : start + step])
             data = await read_runs(walk.file, offsets[part], layout.size)
-            words, stored, clusters = await worked(len(data), _stored, layout, data, len(part))
+            words, bitmaps, stored, clusters = await worked(len(data), _stored, layout, data, len(part))
             if layout.data_file:
                 wrong = stored & (words >= 0)
             else:
@@ -212,18 +225,25 @@ async def _tables_with_wrong_flags(walk: Walk, disk: DiskCounts) -> AsyncIterato
                 wrong = (kinds != _UNKNOWN) & ((kinds == _ONE) != (words < 0))
             rows = wrong.any(axis=1)
             if rows.any():
-                yield offsets[part][rows], times[part][rows], words[rows], wrong[rows]
+                yield WrongFlags(
+                    offsets[part][rows],
+                    times[part][rows],
+                    total[part][rows],
+                    words[rows],
+                    None if bitmaps is None else bitmaps[rows],
+                    wrong[rows],
+                )
 
 
-def _stored(layout: l2.Layout, data: bytearray, count: int) -> tuple[Ints, Bools, Ints]:
+def _stored(layout: l2.Layout, data: bytearray, count: int) -> tuple[Ints, Ints | None, Bools, Ints]:
     words, bitmaps = l2.decode(layout, data, count)
     tables = l2.Tables(layout, words, bitmaps)
-    return words, tables.stored, tables.host[tables.stored] >> layout.bits
+    return words, bitmaps, tables.stored, tables.host[tables.stored] >> layout.bits
 
 
 async def count_wrong_flags(walk: Walk, disk: DiskCounts) -> None:
     """Count wrong flags into the result of `walk`. Raises OSError."""
     in_l1, tables = await wrong_flags(walk, disk)
-    walk.result.corrupt("wrong flags COPIED in the L1 table", len(in_l1))
-    async for _, times, _, wrong in tables:
-        walk.result.corrupt("wrong flags COPIED in L2 tables", int((wrong.sum(axis=1) * times).sum()))
+    walk.result.corrupt(counting.FLAGS_L1, len(in_l1))
+    async for some in tables:
+        walk.result.corrupt(counting.FLAGS_L2, int((some.wrong.sum(axis=1) * some.times).sum()))

@@ -24,33 +24,46 @@ from pyqsd.drivers.formats.qcow2.check.arrays import (
     worked,
 )
 from pyqsd.drivers.formats.qcow2.check.references import References
-from pyqsd.drivers.formats.qcow2.tables import OFFSET_MASK
+from pyqsd.drivers.formats.qcow2.tables import OFFSET_MASK, ZERO
 
 if TYPE_CHECKING:
     from pyqsd.block.image_check import CheckResult
     from pyqsd.drivers.formats.qcow2.image import Image
 
 #: Bits of an L1 entry that must be zero.
-_L1_RESERVED = 0x7F000000000001FF
+L1_RESERVED = 0x7F000000000001FF
 _REFTABLE_RESERVED = 0x1FF
 #: The upper eight bits and some lower ones, as a signed number.
 _BITMAP_RESERVED = -(1 << 56) | 0x1FE
 #: L2 tables that are remembered before they are looked at, so that those that snapshots share are read once.
 _MOST_PENDING = 4 << 20
-#: Parts of the image that more than one cluster beyond the end of the file hold.
+# What is found, where something depends on it.
 _BEYOND = "references to clusters beyond the end of the file"
 _OVERFLOW = "references that are too many for the refcount width"
+_UNALIGNED_TABLE = "L2 tables that are not aligned to clusters"
+_UNALIGNED = "clusters that are not aligned"
+_SNAPSHOT = "L1 tables of snapshots where none can be"
+_BITMAP = "invalid entries in tables of bitmaps"
+TOO_LOW = "clusters with a refcount that is too low"
+FLAGS_L1 = "wrong flags COPIED in the L1 table"
+FLAGS_L2 = "wrong flags COPIED in L2 tables"
+#: With these, not everything could be counted.
+NOT_COUNTED = (_BEYOND, _OVERFLOW, _UNALIGNED_TABLE, _UNALIGNED, _SNAPSHOT, _BITMAP)
 
 
 class Walk:
     """One walk through all metadata. `references` is the outcome; what is wrong goes to `result`.
 
-    `active`: the L2 tables of the active L1 table, as (offsets, how often the L1 table refers to each, plain), where
-    `plain` is where the clusters of a table begin if it is an unbroken run (see `l2.plain_runs`), else -1. `rebuild`:
-    the refcount structures are so broken that they must be made anew.
+    `active`: the L2 tables of the active L1 table, as (offsets, how often that refers to each, how often any L1 table
+    does, plain), where `plain` is where the clusters of a table begin if it is an unbroken run (see `l2.plain_runs`),
+    else -1. `rebuild`: the refcount structures are so broken that they must be made anew. `fixable`: the tables, as
+    (offset, how often L1 tables refer to it), with entries that can be put right; with `fix`, the offsets of some, that
+    is done on the way.
     """
 
-    def __init__(self, image: Image, result: CheckResult, order: int | None = None) -> None:
+    def __init__(
+        self, image: Image, result: CheckResult, order: int | None = None, fix: frozenset[int] = frozenset()
+    ) -> None:
         header = image.header
         self.image = image
         self.file = image.file
@@ -59,8 +72,11 @@ class Walk:
         self.references = References(
             header.refcount_order if order is None else order, header.cluster_bits, image.file.length
         )
-        self.active: list[tuple[Ints, Ints, Ints]] = []
+        self.active: list[tuple[Ints, Ints, Ints, Ints]] = []
+        self.fixable: list[tuple[int, int]] = []
         self.rebuild = False
+        self._fix = fix
+        self._fixed: list[tuple[int, bytes]] = []
         self._pending: list[tuple[Ints, Ints, bool]] = []
         self._pending_size = 0
 
@@ -71,7 +87,7 @@ class Walk:
         await self._l1(header.l1_offset, header.l1_size, True)
         for one in self.image.snapshots:
             if one.l1_offset & self.layout.mask or one.l1_size > headers.MAX_L1_BYTES // 8:
-                self.result.corrupt("L1 tables of snapshots where none can be")
+                self.result.corrupt(_SNAPSHOT)
                 continue
             await self._l1(one.l1_offset, one.l1_size, False)
         await self._tables()
@@ -81,6 +97,17 @@ class Walk:
         if crypto is not None:
             references.add_bytes(int.from_bytes(crypto[:8], "big"), int.from_bytes(crypto[8:16], "big"))
         await self._bitmaps()
+
+    def only_tables(self, offsets: Ints, times: Ints) -> Bools:
+        """Which L2 tables are nothing but that: `times` references from L1 tables are all that their clusters have. The
+        others may be somebody's data, and are not written to."""
+        there = ((offsets & self.layout.mask) == 0) & (offsets < self.references.file_length)
+        counts = self.references.get(offsets >> self.layout.bits)
+        found: Bools = there & (counts == times)
+        if self.references.overflowed:
+            # Nobody knows how many there are beyond the maximum.
+            found &= counts < self.references.maximum
+        return found
 
     def finish(self) -> None:
         """Turn what did not fit into findings."""
@@ -104,7 +131,7 @@ class Walk:
     def _l1_entries(self, entries: Ints) -> tuple[Ints, Ints]:
         """The L2 tables that the entries refer to, and how often."""
         entries = entries[entries != 0]
-        self.result.corrupt("L1 entries with reserved bits set", int(np.count_nonzero(entries & _L1_RESERVED)))
+        self.result.corrupt("L1 entries with reserved bits set", int(np.count_nonzero(entries & L1_RESERVED)))
         offsets, times = np.unique(entries & OFFSET_MASK, return_counts=True)
         return offsets, times.astype(np.int64)
 
@@ -122,14 +149,19 @@ class Walk:
             part = slice(start, start + step)
             data = await read_runs(self.file, offsets[part], size)
             plain[part] = await worked(len(data), self._look_at, data, offsets[part], times[part], active[part])
-        self.active.append((offsets[active > 0], active[active > 0], plain[active > 0]))
+            fixed, self._fixed = self._fixed, []
+            for offset, table in fixed:
+                await self.file.pwrite(offset, table)
+        used = active > 0
+        self.active.append((offsets[used], active[used], times[used], plain[used]))
 
     def _look_at(self, data: bytearray, offsets: Ints, times: Ints, active: Ints) -> Ints:
         """Count what some L2 tables refer to, and these themselves. Returns where the plain ones begin."""
         result, references, layout = self.result, self.references, self.layout
         unaligned = (offsets & layout.mask) != 0
-        result.corrupt("L2 tables that are not aligned to clusters", int(times[unaligned].sum()))
+        result.corrupt(_UNALIGNED_TABLE, int(times[unaligned].sum()))
         words, bitmaps = l2.decode(layout, data, len(offsets))
+        self._fix_entries(offsets, times, words, bitmaps)
         plain = l2.plain_runs(layout, words, bitmaps, references.file_length)
         entries = words.shape[1]
         for number in np.unique(times).tolist():
@@ -143,6 +175,24 @@ class Walk:
                 self._entries(tables, number, active[odd])
         result.allocated_clusters += entries * int(active[plain >= 0].sum())
         return plain
+
+    def _fix_entries(self, offsets: Ints, times: Ints, words: Ints, bitmaps: Ints | None) -> None:
+        """Find zero clusters whose space is where none can be, and take that away, here and later on disk, where it is
+        wanted: the content stays as it is."""
+        if not (words & OFFSET_MASK & self.layout.mask).any():
+            return
+        tables = l2.Tables(self.layout, words, bitmaps)
+        misplaced = tables.unaligned() & tables.preallocated()
+        for row in np.flatnonzero(misplaced.any(axis=1)).tolist():
+            offset, number = int(offsets[row]), int(times[row])
+            self.fixable.append((offset, number))
+            if offset not in self._fix:
+                continue
+            self.result.corrupt("zero clusters that are not aligned", int(np.count_nonzero(misplaced[row])) * number)
+            # Nothing is stored there.
+            words[row, misplaced[row]] = ZERO if bitmaps is None else 0
+            content = words[row] if bitmaps is None else np.stack((words[row], bitmaps[row]), axis=1)
+            self._fixed.append((offset, content.astype(">i8").tobytes()))
 
     def _entries(self, tables: l2.Tables, times: int, active: Ints) -> None:
         """Count the entries of tables that are not plain, each of which is referred to `times` times."""
@@ -172,7 +222,7 @@ class Walk:
         if tables.bitmaps is not None:
             corrupt("clusters that are not allocated with allocated subclusters", tables.nowhere())
             corrupt("subclusters that are both allocated and zero", tables.conflicting())
-        corrupt("clusters that are not aligned", tables.unaligned())
+        corrupt(_UNALIGNED, tables.unaligned())
         result.allocated_clusters += int((stored.sum(axis=1) * active).sum())
         result.fragmented_clusters += self._fragments(tables, active)
         if not layout.data_file:
@@ -208,7 +258,7 @@ class Walk:
         host = entries & OFFSET_MASK
         wrong = (entries & _BITMAP_RESERVED) != 0
         wrong |= (host != 0) & (((host & self.layout.mask) != 0) | ((entries & 1) != 0))
-        self.result.corrupt("invalid entries in tables of bitmaps", int(np.count_nonzero(wrong)))
+        self.result.corrupt(_BITMAP, int(np.count_nonzero(wrong)))
         self.references.add_spans(host[(host != 0) & ~wrong], self.layout.size)
 
     # --- refcount structures -----------------------------------------------------------------------------------------
@@ -238,10 +288,9 @@ class Walk:
         references.add(clusters)
         # All but the first of those that share a cluster, and the first, too, where something else has it.
         shared = np.where(before == 0, times - 1, times)
-        if references.maximum == 1:
-            # Those have been counted as references that did not fit.
-            shared[:] = 0
-        result.corrupt("refcount blocks that are not the only user of their cluster", int(shared.sum()))
+        if references.maximum > 1:
+            # Else they have been counted as references that did not fit.
+            result.corrupt("refcount blocks that are not the only user of their cluster", int(shared.sum()))
         self.rebuild = bool(reserved.any() or unaligned.any() or outside.any() or shared.any())
 
 

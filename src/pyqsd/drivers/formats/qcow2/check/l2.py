@@ -60,6 +60,12 @@ class Tables:
         """Entries that have bits set that must not be."""
         return _both(~self.compressed, self.words & RESERVED)
 
+    def preallocated(self) -> Bools:
+        """Clusters with space, of which nothing is in use."""
+        if self.bitmaps is None:
+            return _both(self.stored, self.words & ZERO)
+        return _both(self.stored & ((self.bitmaps & ALL_ALLOCATED) == 0), self.host)
+
     def conflicting(self) -> Bools:
         """Subclusters that are both allocated and zero."""
         assert self.bitmaps is not None
@@ -69,6 +75,16 @@ class Tables:
         """Subclusters that are allocated in a cluster that is not."""
         assert self.bitmaps is not None
         return _both(~self.compressed & ~self.stored, self.bitmaps & ALL_ALLOCATED)
+
+    def plausible(self, file_length: int) -> Bools:
+        """Tables of which every entry makes sense, in a file of this length."""
+        bad = self.reserved() | self.unaligned() | (self.compressed & (self.words < 0))
+        bad |= self.stored & (self.host >= file_length)
+        bad |= self.compressed & (self.words & ((1 << self.layout.compressed_shift) - 1) >= file_length)
+        if self.bitmaps is not None:
+            bad |= self.conflicting() | self.nowhere() | (self.compressed & (self.bitmaps != 0))
+        good: Bools = ~np.asarray(bad.any(axis=1))
+        return good
 
     def pack_places(self, where: Bools) -> tuple[Ints, Ints]:
         """Host offsets and sizes of the compressed clusters at `where`."""

@@ -13,6 +13,9 @@ CHUNK_BITS = 14
 _CHUNK = 1 << CHUNK_BITS
 #: A hostile image must not make us take more memory than this.
 _MOST_BYTES = 512 << 20
+#: References this far beyond the end of the file (bytes) are remembered, up to a number.
+_NEAR = 1 << 40
+_MOST_DANGLING = 1 << 20
 #: The highest count that is kept, whatever the width of a refcount.
 _MOST_COUNTED = (1 << 32) - 1
 
@@ -22,8 +25,8 @@ class References:
     can store.
 
     `end`: the first cluster number beyond the file and all that was counted; `overflows`: references that had no room
-    in a counter; `beyond`: spans that lie beyond the end of the file and were not counted (one cluster beyond it is
-    what a crash may leave behind, and is).
+    in a counter (`overflowed`: there were some); `beyond`: spans that lie beyond the end of the file and were not
+    counted (one cluster beyond it is what a crash may leave behind, and is).
     """
 
     def __init__(self, order: int, cluster_bits: int, file_length: int) -> None:
@@ -33,8 +36,12 @@ class References:
         self.end = (file_length + (1 << cluster_bits) - 1) >> cluster_bits
         self.maximum = min((1 << (1 << order)) - 1, _MOST_COUNTED)
         self.overflows = 0
+        self.overflowed = False
         self.beyond = 0
         self.chunks: dict[int, Counts] = {}
+        #: Spans that were not counted, but begin not far beyond the end: (first, last) clusters.
+        self._dangling: list[tuple[Ints, Ints]] = []
+        self._dangling_count = 0
         self._type = np.dtype(np.uint8 if order <= 3 else np.uint16 if order == 4 else np.uint32)
         self._most_chunks = _MOST_BYTES // (_CHUNK * self._type.itemsize)
 
@@ -44,6 +51,7 @@ class References:
             return
         if offset + length - self.file_length >= 1 << self.bits:
             self.beyond += times
+            self._dangle(np.array([offset]), np.array([offset + length]))
             return
         first = offset >> self.bits
         self.add_run(first, ((offset + length - 1) >> self.bits) - first + 1, times)
@@ -54,12 +62,31 @@ class References:
         inside = ends - self.file_length < 1 << self.bits
         if not inside.all():
             self.beyond += times * int(np.count_nonzero(~inside))
+            self._dangle(offsets[~inside], ends[~inside])
             offsets, ends = offsets[inside], ends[inside]
         first = offsets >> self.bits
         more = (ends - 1 >> self.bits) - first
         self.add(first, times)
         for step in range(1, int(more.max(initial=0)) + 1):
             self.add(first[more >= step] + step, times)
+
+    def _dangle(self, offsets: Ints, ends: Ints) -> None:
+        near = offsets - self.file_length < _NEAR
+        if near.any() and self._dangling_count < _MOST_DANGLING:
+            self._dangling.append((offsets[near] >> self.bits, ends[near] - 1 >> self.bits))
+            self._dangling_count += int(np.count_nonzero(near))
+
+    def undangled(self, start: int, count: int) -> int:
+        """The first cluster from `start` on with `count` clusters behind the end of the file that nothing refers to."""
+        if not self._dangling:
+            return start
+        first = np.concatenate([one[0] for one in self._dangling])
+        last = np.concatenate([one[1] for one in self._dangling])
+        while True:
+            hit = (first < start + count) & (last >= start)
+            if not hit.any():
+                return start
+            start = int(last[hit].max()) + 1
 
     def add_run(self, first: int, count: int, times: int = 1) -> None:
         """`count` clusters from `first` on, which exist."""
@@ -103,6 +130,7 @@ class References:
 
     def _limited(self, counts: Ints) -> Ints:
         if int(counts.max(initial=0)) > self.maximum:
+            self.overflowed = True
             self.overflows += int(np.maximum(counts - self.maximum, 0).sum())
             return np.minimum(counts, self.maximum)
         return counts
