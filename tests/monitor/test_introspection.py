@@ -26,7 +26,7 @@ REFERENCE = Path(__file__).parent.parent / "data" / "qsd-introspection-10.0.2.js
 #: Members and commands of ours that QSD does not have: ``COMMAND.path.member``.
 EXTRA: frozenset[str] = frozenset(["x-blockdev-check"])
 
-#: Jobs, transactions, image creation, iothreads and snapshots come later.
+#: Block jobs, transactions, iothreads and snapshots come later.
 COMMANDS_NOT_WRITTEN = frozenset(
     [
         "block-commit",
@@ -40,21 +40,13 @@ COMMANDS_NOT_WRITTEN = frozenset(
         "block-job-set-speed",
         "block-stream",
         "blockdev-backup",
-        "blockdev-create",
         "blockdev-mirror",
         "blockdev-snapshot-delete-internal-sync",
         "blockdev-snapshot-internal-sync",
         "blockdev-snapshot-sync",
         "drive-backup",
         "drive-mirror",
-        "job-cancel",
-        "job-complete",
-        "job-dismiss",
-        "job-finalize",
-        "job-pause",
-        "job-resume",
         "query-block-jobs",
-        "query-jobs",
         "transaction",
         "x-blockdev-amend",
         "x-blockdev-set-iothread",
@@ -67,7 +59,6 @@ EVENTS_NOT_WRITTEN = frozenset(
         "BLOCK_JOB_ERROR",
         "BLOCK_JOB_PENDING",
         "BLOCK_JOB_READY",
-        "JOB_STATUS_CHANGE",
         "QUORUM_FAILURE",
         "QUORUM_REPORT_BAD",
         "VSERPORT_CHANGE",

@@ -223,6 +223,15 @@ class BlockBackend:
         finally:
             self._end()
 
+    async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Write `data`, also beyond the end, which grows (making an image does that); needs RESIZE. Raises OSError."""
+        node = await self._begin()
+        try:
+            self._check_write(node, 0, 0)
+            await node.pwrite(offset, data)
+        finally:
+            self._end()
+
     async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         """Write zeroes; see `Node.pwrite_zeroes`."""
         node = await self._begin()

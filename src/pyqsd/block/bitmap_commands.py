@@ -26,7 +26,7 @@ BlockDirtyBitmapOrStr = Annotated[str | BlockDirtyBitmap, Alternate("BlockDirtyB
 
 def find_bitmap(graph: Graph, node_name: str, name: str) -> tuple[Node, DirtyBitmap]:
     """The bitmap `name` of the node. Raises Error."""
-    node = graph.nodes.get(node_name)
+    node = graph.get(node_name)
     if node is None:
         raise Error(f"Node '{node_name}' not found")
     bitmap = node.dirty_bitmaps.get(name)

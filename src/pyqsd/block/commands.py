@@ -58,7 +58,7 @@ async def block_resize(graph: Graph, /, *, device: str | None = None, node_name:
 @command("block-set-write-threshold")
 async def block_set_write_threshold(graph: Graph, /, *, node_name: str, write_threshold: Uint64) -> None:
     """Send BLOCK_WRITE_THRESHOLD once when a write goes beyond this offset in bytes; 0: never."""
-    node = graph.nodes.get(node_name)
+    node = graph.get(node_name)
     if node is None:
         raise Error(f"Device '{node_name}' not found")
     node.write_threshold = write_threshold
@@ -66,7 +66,7 @@ async def block_set_write_threshold(graph: Graph, /, *, node_name: str, write_th
 
 def lookup(graph: Graph, device: str | None, node_name: str | None) -> Node:
     """The node that a command's `device` or `node_name` means. Raises Error."""
-    node = graph.nodes.get(node_name or "")
+    node = graph.get(node_name or "")
     if node is None:
         raise Error(f"Cannot find device='{device or ''}' nor node-name='{node_name or ''}'")
     return node

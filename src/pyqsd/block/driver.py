@@ -20,6 +20,8 @@ from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
     from pyqsd.block.child import Child
+    from pyqsd.block.create import BlockdevCreateOptions
+    from pyqsd.block.graph import Graph
     from pyqsd.block.image_check import CheckResult
     from pyqsd.block.node import Node
     from pyqsd.qapi.types import Struct
@@ -81,13 +83,6 @@ class Limits:
         self.pwrite_zeroes_alignment = 0
         self.max_pwrite_zeroes = 0
 
-    def merge(self, below: Limits) -> None:
-        """Take over what a child's limits mean for its parent."""
-        self.memory_alignment = max(self.memory_alignment, below.memory_alignment)
-        self.opt_transfer = max(self.opt_transfer, below.opt_transfer)
-        if below.max_transfer:
-            self.max_transfer = min(self.max_transfer or below.max_transfer, below.max_transfer)
-
 
 class Driver:
     """Base of all block drivers. The instance belongs to one node (`self.node`) and one loop."""
@@ -98,8 +93,6 @@ class Driver:
     Options: ClassVar[type[BlockdevOptions]] = BlockdevOptions
     #: Talks to storage itself (file, host_device, nbd, null-co …) rather than to a child.
     is_protocol: ClassVar[bool] = False
-    #: Names of images may begin with its name and a colon, although it is no protocol.
-    names_images: ClassVar[bool] = False
     #: Passes on the very content of one child.
     is_filter: ClassVar[bool] = False
     #: Can have a backing file.
@@ -119,6 +112,17 @@ class Driver:
         #: The main child (``file``) and the backing file, if there are any; `Node` keeps them.
         self.file: Child | None = None
         self.backing: Child | None = None
+
+    @classmethod
+    def create_options(cls) -> type[BlockdevCreateOptions] | None:
+        """The options struct of ``blockdev-create``, or None if this driver makes no images."""
+        return None
+
+    @classmethod
+    async def create(cls, graph: Graph, options: Any) -> None:
+        """Make a new image as `options` (of the type `create_options`) say. All that can be checked is checked before
+        anything is overwritten. Raises Error, OSError."""
+        raise Error("Driver does not support blockdev-create", errno.ENOTSUP)
 
     @classmethod
     def probe(cls, buf: bytes, filename: str) -> int:

@@ -32,12 +32,10 @@ def filename(node: Node) -> str:
 def exact_filename(node: Node) -> str:
     """The plain name with which the image could be opened again, or ""."""
     driver = node.driver
-    if driver.is_protocol or driver.names_images:
+    if driver.is_protocol:
         return driver.exact_filename()
     below = primary(node)
-    if below is None or driver.is_filter or _strong(node) or backing_overridden(node):
-        return ""
-    if not below.driver.is_protocol and not below.driver.names_images:
+    if below is None or not below.driver.is_protocol or driver.is_filter or _strong(node) or backing_overridden(node):
         return ""
     return exact_filename(below)
 
@@ -111,20 +109,8 @@ def _strong(node: Node) -> dict[str, Any]:
     for name in node.driver.strong_options:
         value = getattr(options, name, None)
         if value is not None:
-            _flatten(found, wire[fields.index(name)], to_wire(value))
+            found[wire[fields.index(name)]] = to_wire(value)
     return found
-
-
-def _flatten(options: dict[str, Any], path: str, value: Any) -> None:
-    """Options that have members are told with dots in their names."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _flatten(options, f"{path}.{key}", inner)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            _flatten(options, f"{path}.{index}", inner)
-    else:
-        options[path] = value
 
 
 def _put(options: dict[str, Any], path: str, value: Any) -> None:

@@ -52,9 +52,14 @@ class Graph:
 
     # --- finding -----------------------------------------------------------------------------------------------------
 
+    def get(self, name: str) -> Node | None:
+        """The node `name` if it is open: one that a job is only just opening does not exist yet for others."""
+        node = self.nodes.get(name)
+        return node if node is not None and node.opened else None
+
     def find(self, name: str) -> Node:
         """The node `name`. Raises Error."""
-        node = self.nodes.get(name)
+        node = self.get(name)
         if node is None:
             raise Error(f"Cannot find device='{name}' nor node-name='{name}'")
         return node
@@ -123,6 +128,16 @@ class Graph:
             self._depth -= 1
         return node
 
+    @asynccontextmanager
+    async def using(self, ref: BlockdevRef) -> AsyncIterator[Node]:
+        """The node that `ref` describes, opened for this block if it is no existing one. Who uses it attaches to it.
+        Raises Error."""
+        node = self.find(ref) if isinstance(ref, str) else await self._open(ref, None, 0)
+        try:
+            yield node
+        finally:
+            await self.unref(node)
+
     async def open_unattached(self, options: BlockdevOptions, parent: Node, role: int) -> Node:
         """Open a node as `parent` would as a child with `role`, but without attaching it: whoever asked for it gives it
         to `unref`. Raises Error, OSError."""
@@ -145,11 +160,8 @@ class Graph:
 
     async def _find_or_open(self, parent: Node, ref: BlockdevRef, role: int) -> Node:
         if isinstance(ref, str):
-            node = self.find(ref)
-            if not node.opened:
-                # The parent itself, or one that is being opened for its sake.
-                raise Error(f"Cannot find device='{ref}' nor node-name='{ref}'")
-            return node
+            # The parent itself, or one that is being opened for its sake, is not found.
+            return self.find(ref)
         return await self._open(ref, parent, role)
 
     def attach(self, parent: Node, name: str, node: Node, role: int) -> Child:
@@ -176,7 +188,7 @@ class Graph:
         assert isinstance(parent, Node)
         child.node.parents.insert(0, child)
         parent.children.append(child)
-        if child.name == "file" or child.role & ROLE_PRIMARY:
+        if child.name == "file":
             parent.driver.file = child
         elif child.name == "backing":
             parent.driver.backing = child
@@ -197,7 +209,7 @@ class Graph:
 
     async def remove(self, name: str) -> None:
         """Close the user's node `name` (``blockdev-del``). Raises Error if it is in use."""
-        node = self.nodes.get(name)
+        node = self.get(name)
         if node is None:
             raise Error(f"Failed to find node with node-name='{name}'")
         if any(isinstance(edge.parent, BlockBackend) for edge in node.parents):

@@ -23,7 +23,7 @@ async def blockdev_set_active(graph: Graph, /, *, node_name: str | None = None, 
         else:
             await activation.inactivate_all(graph)
         return
-    node = graph.nodes.get(node_name)
+    node = graph.get(node_name)
     if node is None:
         raise Error(f"Failed to find node with node-name='{node_name}'")
     if active:
@@ -47,7 +47,7 @@ async def x_blockdev_change(graph: Graph, /, *, parent: str, child: str | None =
         async with graph.drained(above):
             await above.driver.del_child(edge)
         return
-    new = graph.nodes.get(node or "")
+    new = graph.get(node or "")
     if new is None:
         raise Error(f"Node '{node}' not found")
     async with graph.drained(above, new):

@@ -21,7 +21,6 @@ from pyqsd.block.node import Node
 from pyqsd.block.options import BlockdevOptions
 from pyqsd.block.replace import Change
 from pyqsd.qapi.errors import Error
-from pyqsd.qapi.json_writer import to_wire
 from pyqsd.qapi.types import NULL
 
 #: What `Node` itself deals with.
@@ -83,7 +82,7 @@ async def reopen(graph: Graph, entries: list[BlockdevOptions]) -> None:
     for options in entries:
         if options.node_name is None:
             raise Error("node-name not specified")
-        node = graph.nodes.get(options.node_name)
+        node = graph.get(options.node_name)
         if node is None:
             raise Error(f"Failed to find node with node-name='{options.node_name}'")
         wanted = [pair for pair in wanted if pair[0] is not node]
@@ -201,27 +200,7 @@ def _check_same(node: Node, options: BlockdevOptions) -> None:
         if before != after:
             if after is None:
                 raise Error(f"Option '{_wire(old, name)}' cannot be reset to its default value")
-            raise Error(
-                f"Cannot change the option '{_first_change(_wire(old, name), to_wire(before), to_wire(after))}'"
-            )
-
-
-def _first_change(path: str, before: Any, after: Any) -> str:
-    """The first member of an option, with its path, that differs."""
-    if isinstance(after, dict):
-        inner = after.items()
-    elif isinstance(after, list):
-        inner = {str(index): value for index, value in enumerate(after)}.items()
-    else:
-        return path
-    for key, value in inner:
-        if isinstance(before, list):
-            old = before[int(key)] if int(key) < len(before) else None
-        else:
-            old = before.get(key) if isinstance(before, dict) else None
-        if value != old:
-            return _first_change(f"{path}.{key}", old, value)
-    return path
+            raise Error(f"Cannot change the option '{_wire(old, name)}'")
 
 
 def _child_references(node: Node, options: BlockdevOptions) -> dict[str, Any]:
@@ -250,7 +229,7 @@ def _find_replacement(graph: Graph, item: _Prepared, name: str, ref: Any) -> Non
         return
     if name not in ("file", "backing"):
         raise Error(f"Cannot change the option '{name}'")
-    new = graph.nodes.get(ref)
+    new = graph.get(ref)
     if new is None:
         raise Error(f"Cannot find device='' nor node-name='{ref}'")
     item.replaced[name] = new

@@ -208,7 +208,7 @@ class Exports:
         if options.id in self._exports:
             raise Error(f"Block export id '{options.id}' is already in use")
         cls = export_class(str(options.__struct_config__.tag))
-        node = self.graph.nodes.get(options.node_name)
+        node = self.graph.get(options.node_name)
         if node is None:
             raise Error(f"Cannot find device='' nor node-name='{options.node_name}'")
         if options.writable and node.read_only:

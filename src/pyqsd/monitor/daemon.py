@@ -13,6 +13,7 @@ from pyqsd.block.graph import Graph
 from pyqsd.chardev.chardev import Chardevs
 from pyqsd.exports.export import Exports
 from pyqsd.exports.nbd.server import NbdServer
+from pyqsd.jobs.job import Jobs
 from pyqsd.monitor import registry
 from pyqsd.monitor.commands import VERSION, Shutdown
 from pyqsd.monitor.dispatcher import Dispatcher, error_of
@@ -42,6 +43,7 @@ class Daemon:
         registry.load()
         self.events = EventBus()
         self.graph = Graph(self.events)
+        self.jobs = Jobs(self.events)
         self.exports = Exports(self.graph, self.events)
         self.chardevs = Chardevs()
         self.objects = Objects(self.chardevs)
@@ -50,6 +52,7 @@ class Daemon:
         services: dict[Any, object] = {
             EventBus: self.events,
             Graph: self.graph,
+            Jobs: self.jobs,
             Exports: self.exports,
             Objects: self.objects,
             Chardevs: self.chardevs,
@@ -154,6 +157,7 @@ class Daemon:
 
     async def _shutdown(self) -> None:
         await _step("the running command", self.dispatcher.close(), PEER_TIMEOUT)
+        await _step("jobs", self.jobs.shutdown(), PEER_TIMEOUT)
         await _step("exports", self.exports.shutdown())
         await _step("block nodes", self.graph.close_all())
         self.monitors.close()

@@ -13,6 +13,8 @@ MODULES = (
     "pyqsd.block.check_commands",
     "pyqsd.block.queries",
     "pyqsd.block.events",
+    "pyqsd.jobs.commands",
+    "pyqsd.jobs.create",
     "pyqsd.exports.commands",
     "pyqsd.exports.nbd.commands",
     "pyqsd.qom.commands",

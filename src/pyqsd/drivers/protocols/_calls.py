@@ -8,6 +8,7 @@ import mmap
 import os
 import stat
 import struct
+import sys
 
 from pyqsd.aio import libc
 from pyqsd.drivers.protocols import _ioctl
@@ -21,6 +22,10 @@ _FS_IOC_FSGETXATTR = 0x801C581F
 #: struct fsxattr: flags, extsize, nextents, project id, cowextsize, padding.
 _FSXATTR = struct.Struct("@IIIII8x")
 _FS_XFLAG_EXTSIZE = 0x800
+_FS_IOC_FSSETXATTR = 0x401C5820
+_FS_IOC_GETFLAGS = 0x80086601
+_FS_IOC_SETFLAGS = 0x40086602
+_FS_NOCOW_FL = 0x00800000
 
 
 def size_of(fd: int) -> int:
@@ -63,10 +68,10 @@ def alignment_of(fd: int) -> tuple[int, int]:
 def truncate(fd: int, length: int, preallocation: str) -> None:
     """Give a regular file another length. Raises Error."""
     size = os.fstat(fd).st_size
-    if preallocation not in ("off", "falloc", "full"):
-        raise Error(f"Unsupported preallocation mode '{preallocation}'", errno.ENOTSUP)
     if length < size and preallocation != "off":
-        raise Error("Preallocation can't be used for shrinking files", errno.ENOTSUP)
+        raise Error("Cannot use preallocation for shrinking files", errno.ENOTSUP)
+    if preallocation not in ("off", "falloc", "full"):
+        raise Error(f"Unsupported preallocation mode: {preallocation}", errno.ENOTSUP)
     if preallocation == "off" or length == size:
         try:
             os.ftruncate(fd, length)
@@ -78,7 +83,7 @@ def truncate(fd: int, length: int, preallocation: str) -> None:
             try:
                 os.posix_fallocate(fd, size, length - size)
             except OSError as exc:
-                raise from_oserror(exc, "Could not preallocate data for the new file") from exc
+                raise from_oserror(exc, "Could not preallocate new data") from exc
         else:
             _write_zeroes(fd, size, length)
     except BaseException:
@@ -123,3 +128,20 @@ def extent_size_hint(fd: int) -> int | None:
         return None
     flags, size, *_ = _FSXATTR.unpack(answer)
     return size if flags & _FS_XFLAG_EXTSIZE and size else None
+
+
+def set_extent_size_hint(fd: int, size: int) -> None:
+    """Ask the file system to allocate multiples of `size` bytes for this file. Raises OSError, ENOTTY or EOPNOTSUPP if
+    it knows no such setting."""
+    answer = fcntl.ioctl(fd, _FS_IOC_FSGETXATTR, bytes(_FSXATTR.size))
+    flags, _, *rest = _FSXATTR.unpack(answer)
+    fcntl.ioctl(fd, _FS_IOC_FSSETXATTR, _FSXATTR.pack(flags | _FS_XFLAG_EXTSIZE, size, *rest))
+
+
+def set_nocow(fd: int) -> None:
+    """Ask the file system not to copy on write in this file; nothing happens where it knows no such setting."""
+    try:
+        flags = int.from_bytes(fcntl.ioctl(fd, _FS_IOC_GETFLAGS, bytes(8))[:4], sys.byteorder)
+        fcntl.ioctl(fd, _FS_IOC_SETFLAGS, (flags | _FS_NOCOW_FL).to_bytes(8, sys.byteorder))
+    except OSError:
+        pass

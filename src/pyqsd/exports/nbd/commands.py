@@ -55,7 +55,7 @@ async def nbd_server_add(exports: Exports, /, *, options: NbdServerAddOptions) -
     """Export a node over NBD; read-only nodes are exported read-only whatever `writable` says."""
     from pyqsd.exports.nbd.export import NbdOptions
 
-    node = exports.graph.nodes.get(options.device)
+    node = exports.graph.get(options.device)
     if node is None:
         raise Error(f"Cannot find device='{options.device}' nor node-name='{options.device}'")
     await exports.add(

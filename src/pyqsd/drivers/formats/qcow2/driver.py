@@ -28,9 +28,11 @@ from pyqsd.qapi.types import Null
 
 if TYPE_CHECKING:
     from pyqsd.block.child import Child
+    from pyqsd.block.graph import Graph
     from pyqsd.block.image_check import CheckResult
     from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
+    from pyqsd.drivers.formats.qcow2.create_options import CreateOptions
     from pyqsd.drivers.formats.qcow2.image import Image
 
 _STORED = DATA | ALLOCATED | OFFSET_VALID
@@ -80,6 +82,18 @@ class Qcow2(Driver):
         self._last_key = -1
         self._last_entries = _NO_ENTRIES
         self._slices: dict[int, Slice] = {}
+
+    @classmethod
+    def create_options(cls) -> type[CreateOptions]:
+        from pyqsd.drivers.formats.qcow2.create_options import CreateOptions
+
+        return CreateOptions
+
+    @classmethod
+    async def create(cls, graph: Graph, options: CreateOptions) -> None:
+        from pyqsd.drivers.formats.qcow2 import create
+
+        await create.create(graph, options)
 
     @classmethod
     def probe(cls, buf: bytes, filename: str) -> int:
