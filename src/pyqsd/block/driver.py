@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pyqsd.block.create import BlockdevCreateOptions
     from pyqsd.block.graph import Graph
     from pyqsd.block.image_check import CheckResult
+    from pyqsd.block.info import SnapshotInfo
     from pyqsd.block.node import Node
     from pyqsd.qapi.types import Struct
 
@@ -97,6 +98,8 @@ class Driver:
     is_filter: ClassVar[bool] = False
     #: Can have a backing file.
     supports_backing: ClassVar[bool] = False
+    #: Has internal snapshots.
+    supports_snapshots: ClassVar[bool] = False
     #: Request flags that `pwritev` honours; the node emulates FUA with a flush where it is missing.
     write_flags: ClassVar[int] = 0
     #: Request flags that `pwrite_zeroes` honours.
@@ -284,6 +287,27 @@ class Driver:
         drained, and nobody else writes to it where something is repaired. Raises Error, OSError if it cannot be done.
         """
         raise Error("This image format does not support checks", errno.ENOTSUP)
+
+    # --- internal snapshots -------------------------------------------------------------------------------------------
+
+    def snapshot_list(self) -> list[SnapshotInfo]:
+        """All snapshots in the image. Raises OSError with ENOTSUP where there cannot be any."""
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    # The following are called while no request is in flight, and make `length` right; the node is told by the caller.
+
+    async def snapshot_create(self, name: str) -> SnapshotInfo:
+        """Take a snapshot. Raises OSError, Error."""
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    async def snapshot_delete(self, ident: str | None, name: str | None) -> None:
+        """Delete the snapshot with this id and name (None: any). Raises OSError, Error."""
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    async def snapshot_goto(self, ident: str | None, name: str | None) -> None:
+        """Make the content, and the size, that of the snapshot with this id and name (None: any). Raises OSError,
+        Error."""
+        raise OSError(errno.ENOTSUP, "Operation not supported")
 
     # --- bitmaps in the image -----------------------------------------------------------------------------------------
 

@@ -676,6 +676,12 @@ class Node:
                 new_area.done.set_result(None)
             self._request_done()
 
+    def content_replaced(self) -> None:
+        """The driver went back to a snapshot: all of the content may be another one, and the length."""
+        self._write_generation += 1
+        self._set_length(self.driver.length())
+        self.refresh_limits()
+
     # --- block status ------------------------------------------------------------------------------------------------
 
     async def block_status(self, offset: int, length: int, want_zero: bool = True) -> Extent:

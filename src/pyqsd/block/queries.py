@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyqsd.block import filenames, stats
+from pyqsd.block import filenames, internal_snapshots, stats
 from pyqsd.block import permissions as perms
 from pyqsd.block.child import Child
 from pyqsd.block.dirty_bitmap import DirtyBitmap
@@ -164,7 +164,7 @@ def image_info(node: Node, flat: bool, seen: dict[Node, ImageInfo]) -> ImageInfo
         backing_filename=backing_filename,
         full_backing_filename=full,
         backing_filename_format=None if backing_filename is None else known.get("backing_filename_format") or None,
-        snapshots=known.get("snapshots") or None,
+        snapshots=internal_snapshots.listed(node) or None,
         format_specific=specific,
         backing_image=None if below is None else image_info(below, False, seen),
     )

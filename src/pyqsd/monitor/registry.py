@@ -11,6 +11,7 @@ MODULES = (
     "pyqsd.block.snapshot",
     "pyqsd.block.bitmap_commands",
     "pyqsd.block.check_commands",
+    "pyqsd.block.internal_snapshots",
     "pyqsd.block.queries",
     "pyqsd.block.events",
     "pyqsd.jobs.commands",

@@ -27,9 +27,12 @@ from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import Null
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
     from pyqsd.block.child import Child
     from pyqsd.block.graph import Graph
     from pyqsd.block.image_check import CheckResult
+    from pyqsd.block.info import SnapshotInfo
     from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
     from pyqsd.drivers.formats.qcow2.create_options import CreateOptions
@@ -45,6 +48,7 @@ class Qcow2(Driver):
     name = "qcow2"
     Options = Options
     supports_backing = True
+    supports_snapshots = True
     zero_flags = MAY_UNMAP | NO_FALLBACK
     mutable_options = frozenset(
         {
@@ -113,6 +117,8 @@ class Qcow2(Driver):
         node = self.node
         header = await opening.read_header(node, file, self.options)
         image = await opening.open_image(node, file, header, self.options)
+        if self.options.x_snapshot is not None:
+            await self._show_snapshot(image, self.options.x_snapshot)
         self._bitmaps = await opening.read_bitmaps(image)
         self._adopt(image)
         self._ready = self._repaired = False
@@ -120,6 +126,15 @@ class Qcow2(Driver):
         if not node.read_only and node.active:
             await self._repair()
             self._repaired = True
+
+    async def _show_snapshot(self, image: Image, wanted: str) -> None:
+        from pyqsd.drivers.formats.qcow2 import snapshot_ops
+
+        self.node.set_read_only("'x-snapshot' can only be used with read-only=on")
+        try:
+            await snapshot_ops.load(image, snapshot_ops.select(image, wanted))
+        except OSError as exc:
+            raise Error("Could not read the snapshot's L1 table", exc.errno or errno.EIO) from exc
 
     async def _open_backing(self) -> None:
         ref, header = self.options.backing, self.image.header
@@ -278,7 +293,10 @@ class Qcow2(Driver):
         self._last_key = -1
         self._preallocated = None
         await resize.truncate(self.image, self._writer, self._unmapper, length, preallocation, zero_new)
-        # The default size of the cache follows that of the disk.
+        self._use_size()
+
+    def _use_size(self) -> None:
+        """The disk has another size: the default size of the cache follows it."""
         new = make_settings(self.options, self.image.header, self.node.discard_unmap, self.length())
         self.image.settings = new
         self.image.l2.max_slices = max(2, new.l2_cache_bytes // new.l2_slice_bytes)
@@ -522,6 +540,8 @@ class Qcow2(Driver):
         from pyqsd.drivers.formats.qcow2.check import checking, repairing
 
         image = self.image
+        if self.options.x_snapshot is not None:
+            raise Error("A node that shows a snapshot cannot be checked", errno.ENOTSUP)
         image.check_usable()
         await self._complete()
         if repair == "none":
@@ -561,12 +581,64 @@ class Qcow2(Driver):
     def image_info(self) -> dict[str, Any]:
         return info.image_info(self.image)
 
+    # --- snapshots ------------------------------------------------------------------------------------------------
+
+    def snapshot_list(self) -> list[SnapshotInfo]:
+        if self.image.header.incompatible & headers.INCOMPAT_DATA_FILE:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+        return info.snapshot_infos(self.image)
+
+    async def snapshot_create(self, name: str) -> SnapshotInfo:
+        from pyqsd.drivers.formats.qcow2 import snapshot_ops
+
+        async def create() -> None:
+            made.append(info.snapshot_info(await snapshot_ops.create(self.image, name)))
+
+        made: list[SnapshotInfo] = []
+        await self._snapshot_operation(create)
+        return made[0]
+
+    async def snapshot_delete(self, ident: str | None, name: str | None) -> None:
+        from pyqsd.drivers.formats.qcow2 import snapshot_ops
+
+        one = snapshot_ops.find(self.image, ident, name)
+        if one is None:
+            raise Error("Can't find the snapshot", errno.ENOENT)
+        if self.node.read_only:
+            raise Error("Failed to remove snapshot from snapshot list: Operation not permitted", errno.EPERM)
+        await self._snapshot_operation(lambda: snapshot_ops.delete(self.image, one))
+
+    async def snapshot_goto(self, ident: str | None, name: str | None) -> None:
+        from pyqsd.drivers.formats.qcow2 import snapshot_ops
+
+        one = snapshot_ops.find(self.image, ident, name)
+        if one is None:
+            raise OSError(errno.ENOENT, "No such file or directory")
+        await self._snapshot_operation(lambda: snapshot_ops.goto(self.image, one))
+        self._use_size()
+
+    async def _snapshot_operation(self, operation: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run an operation on the snapshots to its end, whoever is cancelled meanwhile. Raises OSError, Error."""
+        image = self.image
+        image.check_usable()
+        if not self._ready:
+            await self._prepare_write()
+        async with image.operation_lock:
+            try:
+                await image.uncancelled(operation())
+            finally:
+                self._unpacked.forget()
+                self._last_key = -1
+                self._preallocated = None
+
     # --- reopening ---------------------------------------------------------------------------------------------------
 
     async def reopen_prepare(self, options: Any, read_only: bool) -> Any:
         image = self.image
         if image.header.incompatible & headers.INCOMPAT_CORRUPT and not read_only:
             raise Error("qcow2: Image is corrupt; cannot be opened read/write", errno.EACCES)
+        if options.x_snapshot is not None and not read_only:
+            raise Error("'x-snapshot' can only be used with read-only=on", errno.EACCES)
         new = make_settings(options, image.header, self.node.discard_unmap, self.length())
         if not self.node.read_only:
             # Everything goes to disk, so that the caches can be made anew, or the node can become read-only.

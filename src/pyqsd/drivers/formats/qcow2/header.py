@@ -488,12 +488,17 @@ def refcount_fields(header: Header) -> tuple[int, bytes]:
     return 48, data
 
 
+def size_and_l1_fields(header: Header) -> tuple[int, bytes]:
+    """The size of the disk and where its L1 table is, which change together."""
+    return 24, struct.pack(">QIIQ", header.size, header.crypt_method, header.l1_size, header.l1_offset)
+
+
 def reftable_fields(offset: int, clusters: int) -> tuple[int, bytes]:
     return 48, offset.to_bytes(8, "big") + clusters.to_bytes(4, "big")
 
 
-def snapshot_fields(count: int, offset: int) -> tuple[int, bytes]:
-    return 60, count.to_bytes(4, "big") + offset.to_bytes(8, "big")
+def snapshot_fields(header: Header) -> tuple[int, bytes]:
+    return 60, struct.pack(">IQ", header.nb_snapshots, header.snapshots_offset)
 
 
 def feature_fields(header: Header) -> tuple[int, bytes]:

@@ -9,6 +9,7 @@ the extensions begin, leading there: sector 0 switches over. Then they are broug
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -35,16 +36,15 @@ async def write(image: Image) -> None:
         if len(moved) <= size and not moved[_SECTOR:spare].strip(b"\0"):
             await image.file.pwrite(spare, moved[spare:])
             await image.file.flush()
-            await image.file.pwrite(0, moved[:_SECTOR])
-            await image.file.flush()
-            # All but the sector that switches back.
-            await image.file.pwrite(_SECTOR, new[_SECTOR:spare])
-            await image.file.flush()
-            await image.file.pwrite(0, new[:_SECTOR])
-            await image.file.flush()
-            await image.file.pwrite(spare, new[spare : len(moved)])
+            await image.exchange(0, moved[:_SECTOR], old[:_SECTOR])
+            with suppress(OSError):
+                # The new header is valid where it is, if this fails. All but the sector that switches back first.
+                await image.file.pwrite(_SECTOR, new[_SECTOR:spare])
+                await image.file.flush()
+                await image.exchange(0, new[:_SECTOR], moved[:_SECTOR])
+                await image.file.pwrite(spare, new[spare : len(moved)])
             return
-    # One sector; or a cluster so small that there is no room for a second set of extensions.
-    for at in reversed(changed):
-        await image.file.pwrite(at, new[at : at + _SECTOR])
-    await image.file.flush()
+    if changed:
+        # One sector; or a cluster so small that there is no room for a second set of extensions.
+        start, end = changed[0], changed[-1] + _SECTOR
+        await image.exchange(start, new[start:end], old[start:end])

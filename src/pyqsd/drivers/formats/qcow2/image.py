@@ -62,6 +62,8 @@ class Image:
         self.refcount_lock = asyncio.Lock()
         #: Held by whoever writes to the header on disk; taken after all other locks.
         self.header_lock = asyncio.Lock()
+        #: Held by whatever changes the image as a whole (snapshots, bitmaps).
+        self.operation_lock = asyncio.Lock()
         #: The image must not be used any more.
         self.broken = False
         self._signalled = False
@@ -262,6 +264,28 @@ class Image:
             at, data = headers.feature_fields(self.header)
             await self.file.pwrite(at, data)
             await self.file.flush()
+
+    async def switch_header(self, fields: Callable[[Header], tuple[int, bytes]], **changes: Any) -> None:
+        """Change attributes of the header, and write those fields of it (one of `header`'s functions), durably. What
+        they refer to has been flushed. After an error the header is the old one. Raises OSError."""
+        async with self.changed_header(**changes):
+            at, data = fields(self.header)
+            await self.exchange(at, data, bytes(await self.file.pread(at, len(data))))
+
+    async def exchange(self, at: int, new: bytes, old: bytes) -> None:
+        """Write a part of the header, durably. After an error nobody knows which one is on disk: then `old` is written
+        again, and without success in this the image must not be used any more. Raises OSError."""
+        try:
+            await self.file.pwrite(at, new)
+            await self.file.flush()
+        except OSError:
+            try:
+                await self.file.pwrite(at, old)
+                await self.file.flush()
+            except OSError:
+                self.broken = True
+                self.forget_all()
+            raise
 
     async def rewrite_header(self, **changes: Any) -> None:
         """Write the whole header area anew: fixed fields, extensions, backing file name. `changes` are attributes of

@@ -13,6 +13,7 @@ from pyqsd.qapi.types import Struct, Uint32
 if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
     from pyqsd.drivers.formats.qcow2.image import Image
+    from pyqsd.drivers.formats.qcow2.snapshots import Snapshot
 
 
 class Qcow2CompressionType(StrEnum):
@@ -114,18 +115,23 @@ def image_info(image: Image) -> dict[str, Any]:
     if image.header.backing_file:
         info["backing_filename"] = image.header.backing_file
         info["backing_filename_format"] = image.header.backing_format
-    if image.snapshots:
-        info["snapshots"] = [
-            SnapshotInfo(
-                id=headers.shown(one.id),
-                name=headers.shown(one.name),
-                vm_state_size=one.vm_state_size,
-                date_sec=one.date_sec,
-                date_nsec=one.date_nsec,
-                vm_clock_sec=one.vm_clock_nsec // 1_000_000_000,
-                vm_clock_nsec=one.vm_clock_nsec % 1_000_000_000,
-                icount=one.icount,
-            )
-            for one in image.snapshots
-        ]
     return info
+
+
+def snapshot_infos(image: Image) -> list[SnapshotInfo]:
+    """What is told about the snapshots in the image."""
+    return [snapshot_info(one) for one in image.snapshots]
+
+
+def snapshot_info(one: Snapshot) -> SnapshotInfo:
+    """What is told about a snapshot."""
+    return SnapshotInfo(
+        id=headers.shown(one.id),
+        name=headers.shown(one.name),
+        vm_state_size=one.vm_state_size,
+        date_sec=one.date_sec,
+        date_nsec=one.date_nsec,
+        vm_clock_sec=one.vm_clock_nsec // 1_000_000_000,
+        vm_clock_nsec=one.vm_clock_nsec % 1_000_000_000,
+        icount=one.icount,
+    )

@@ -118,7 +118,7 @@ async def metadata_map(image: Image, overlap: frozenset[str]) -> MetadataMap:
     meta.add_many("active_l2", _clusters(image.l2.l1, OFFSET_MASK, bits))
     meta.add_many("refcount_block", _clusters(image.refcounts.table, REFTABLE_MASK, bits))
     if image.snapshots:
-        size = await snapshot_table_bytes(image)
+        size = snapshots.table_bytes(image.snapshots)
         meta.add("snapshot_table", header.snapshots_offset >> bits, (size + mask) >> bits)
     for one in image.snapshots:
         if one.l1_offset & mask or one.l1_size > headers.MAX_L1_BYTES // 8:
@@ -143,14 +143,6 @@ async def read_table(file: Node, offset: int, entries: int) -> array[int]:
 def _clusters(table: array[int], mask: int, bits: int) -> array[int]:
     # An array, because a hostile table has millions of entries.
     return array("Q", ((entry & mask) >> bits for entry in table if entry & mask))
-
-
-async def snapshot_table_bytes(image: Image) -> int:
-    """The size of the snapshot table. Raises OSError."""
-    at = image.header.snapshots_offset
-    for _ in image.snapshots:
-        at += snapshots.entry_bytes(await image.file.pread(at, snapshots.header_bytes()))
-    return at - image.header.snapshots_offset
 
 
 async def read_bitmaps(image: Image) -> list[StoredBitmap]:

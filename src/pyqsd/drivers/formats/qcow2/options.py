@@ -64,7 +64,8 @@ Qcow2OverlapChecks = Annotated[Qcow2OverlapCheckFlags | Qcow2OverlapCheckMode, A
 
 
 class Options(BlockdevOptions, kw_only=True, tag="qcow2"):
-    """Sizes are bytes, `cache_clean_interval` is seconds."""
+    """Sizes are bytes, `cache_clean_interval` is seconds. `x_snapshot`: show this internal snapshot (its id or name)
+    instead of the active state, read-only."""
 
     file: BlockdevRef
     backing: BlockdevRefOrNull | None = None
@@ -81,6 +82,7 @@ class Options(BlockdevOptions, kw_only=True, tag="qcow2"):
     cache_clean_interval: int | None = None
     encrypt: BlockdevQcow2Encryption | None = None
     data_file: BlockdevRef | None = None
+    x_snapshot: str | None = None
 
 
 #: The structures that writes are checked against, by the option's name, and what messages call them.

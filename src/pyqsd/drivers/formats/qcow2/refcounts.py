@@ -352,6 +352,10 @@ class Refcounts:
                 break
             except MissingBlock as missing:
                 await self.load_missing(missing)
+                if contiguous and not missing.together:
+                    # All runs before this block were too short. To look at them again might need more blocks than
+                    # there is room for, and so never end.
+                    floor = max(floor, missing.index << self.block_bits)
         if self.unreserved:
             try:
                 await self.reserve()
@@ -537,6 +541,17 @@ class Refcounts:
         end <<= self.image.cluster_bits
         if end > self.image.touched_end:
             self.image.touched_end = end
+
+    def changed(self, block: Block, lo: int, hi: int) -> None:
+        """The counts ``[lo, hi)`` of a block were changed by somebody else."""
+        block.touched(lo, hi)
+        self._dirty.add(block)
+
+    def freed(self, first: int, end: int) -> None:
+        """Some of the clusters ``[first, end)`` are free now."""
+        if first < self.hint:
+            self.hint = first
+        self._was_used(end)
 
     async def last_references(self, first: int, count: int) -> list[tuple[int, int]]:
         """The runs ``(first, how many)`` of those of these clusters that have one reference left. Raises OSError."""

@@ -23,7 +23,7 @@ MAX_EXTRA_BYTES = 1024
 class Snapshot:
     """One internal snapshot. `id` and `name` may hold bytes that are not UTF-8, as surrogates (`headers.os_decode`);
     `disk_size` and `icount` are None where the entry is too old to have them, or has no value; `unknown_extra`: the
-    extra data beyond the fields known here, kept as it is."""
+    extra data beyond the fields known here, kept as it is; `entry_size`: bytes of the entry on disk, padded."""
 
     l1_offset: int
     l1_size: int
@@ -36,6 +36,7 @@ class Snapshot:
     disk_size: int | None
     icount: int | None
     unknown_extra: bytes = b""
+    entry_size: int = 0
 
 
 def header_bytes() -> int:
@@ -88,6 +89,7 @@ def decode(data: bytes | bytearray, index: int) -> Snapshot:
         disk_size,
         icount,
         more[_EXTRA.size :],
+        entry_bytes(data),
     )
 
 
@@ -120,9 +122,17 @@ def encode(one: Snapshot, disk_size: int) -> bytes:
     return data + bytes(-len(data) % 8)
 
 
+def table_bytes(table: list[Snapshot]) -> int:
+    """The size of the snapshot table on disk."""
+    return sum(one.entry_size for one in table)
+
+
 def encode_table(table: list[Snapshot], disk_size: int) -> bytes:
-    """The whole snapshot table. Raises Error if it would be larger than it may be."""
+    """The whole snapshot table; `entry_size` of the entries is set. Raises Error if it would be larger than it may
+    be."""
     parts = [encode(one, disk_size) for one in table]
+    for one, data in zip(table, parts, strict=True):
+        one.entry_size = len(data)
     if len(parts) > headers.MAX_SNAPSHOTS or sum(map(len, parts)) > MAX_TABLE_BYTES:
         raise Error("Snapshot table is too big", errno.EFBIG)
     return b"".join(parts)

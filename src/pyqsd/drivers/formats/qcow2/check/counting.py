@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyqsd.drivers.formats.qcow2 import bitmap_format, opening
+from pyqsd.drivers.formats.qcow2 import bitmap_format, snapshots
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.check import l2
 from pyqsd.drivers.formats.qcow2.check.arrays import (
@@ -92,7 +92,7 @@ class Walk:
             await self._l1(one.l1_offset, one.l1_size, False)
         await self._tables()
         if self.image.snapshots:
-            references.add_bytes(header.snapshots_offset, await opening.snapshot_table_bytes(self.image))
+            references.add_bytes(header.snapshots_offset, snapshots.table_bytes(self.image.snapshots))
         crypto = header.extension(headers.EXT_CRYPTO)
         if crypto is not None:
             references.add_bytes(int.from_bytes(crypto[:8], "big"), int.from_bytes(crypto[8:16], "big"))

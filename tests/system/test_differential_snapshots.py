@@ -1,0 +1,147 @@
+"""Differential: internal snapshots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import images
+from tests.system.differential import Context, Do, Session, add, check_session, cmd, delete
+
+TAKE = "blockdev-snapshot-internal-sync"
+DELETE = "blockdev-snapshot-delete-internal-sync"
+TIMES = ("date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec")
+
+
+def make(name: str, *commands: str, options: str = "", size: str = "1M", fmt: str = "qcow2") -> Do:
+    def run(context: Context) -> None:
+        path = images.create(context.workdir / name, size, fmt, options)
+        if commands:
+            images.io(path, *commands, fmt=fmt)
+
+    return Do(f"make {name}", run)
+
+
+def tool(*argv: str) -> Do:
+    def run(context: Context) -> str:
+        return images.peers.run(*argv, cwd=context.workdir, ok=()).stdout
+
+    return Do(" ".join(argv), run)
+
+
+def without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def gone(**arguments: Any) -> Do:
+    """Delete a snapshot; its times are not the same."""
+    return Do(
+        f"delete {arguments}", lambda context: without_times(context.daemon.qmp.raw_command(cmd(DELETE, **arguments)))
+    )
+
+
+def shown(context: Context) -> Any:
+    nodes = context.daemon.qmp.execute("query-named-block-nodes", flat=True)
+    return {
+        node["node-name"]: without_times(node["image"].get("snapshots"))
+        for node in nodes
+        if not node["node-name"].startswith("#")
+    }
+
+
+LIST = Do("list", shown)
+
+
+def qcow2(name: str, **more: Any) -> dict[str, Any]:
+    return add(driver="qcow2", node_name=name, file={"driver": "file", "filename": f"{name}.qcow2"}, **more)
+
+
+SESSIONS = [
+    Session(
+        "snapshots-life",
+        [
+            make("a.qcow2", "write -P 1 0 512k", "write -c -P 2 512k 64k"),
+            tool("qemu-img", "snapshot", "-c", "theirs", "a.qcow2"),
+            qcow2("a"),
+            cmd(TAKE, device="a", name=""),
+            cmd(TAKE, device="a", name="theirs"),
+            cmd(TAKE, device="a", name="one"),
+            cmd(TAKE, device="a", name="one"),
+            cmd(TAKE, device="a", name="1"),
+            cmd(TAKE, device="a", name="x" * 300),
+            cmd(TAKE, device="a", name="é" * 200),
+            cmd(TAKE, device="a"),
+            cmd(TAKE, name="a"),
+            cmd(TAKE, device=1, name="a"),
+            LIST,
+            gone(device="a"),
+            gone(device="a", id=""),
+            gone(device="a", name=""),
+            gone(device="a", id="", name=""),
+            gone(device="a", id="99", name="1"),
+            gone(device="a", id="3", name="one"),
+            gone(device="a", id="2", name="one"),
+            gone(device="a", id="2"),
+            gone(device="a", name="x" * 255),
+            gone(device="a", name="theirs"),
+            LIST,
+            cmd(TAKE, device="a", name="again"),
+            LIST,
+            delete("a"),
+            tool("qemu-img", "check", "a.qcow2"),
+            qcow2("a", read_only=True),
+            cmd(TAKE, device="a", name="x"),
+            gone(device="a", name="nothing"),
+            LIST,
+            # QSD does not list it any more after this, though it is there.
+            gone(device="a", name="again"),
+        ],
+    ),
+    Session(
+        "snapshots-nodes",
+        [
+            make("a.qcow2"),
+            make("b.qcow2"),
+            make("c.qcow2"),
+            make("one.qcow2", "write 0 64k", options="refcount_bits=1"),
+            make("zero.qcow2", size="0"),
+            make("raw.img", fmt="raw"),
+            qcow2("a"),
+            qcow2("one"),
+            qcow2("zero"),
+            add(driver="raw", node_name="r", file={"driver": "file", "filename": "raw.img", "node-name": "f"}),
+            add(driver="raw", node_name="ro", read_only=True, file={"driver": "file", "filename": "b.qcow2"}),
+            add(
+                driver="raw",
+                node_name="over",
+                file={"driver": "qcow2", "file": {"driver": "file", "filename": "c.qcow2"}},
+            ),
+            add(driver="null-co", node_name="null"),
+            *(
+                step
+                for node in ("a", "one", "zero", "r", "f", "ro", "over", "null", "nosuch", "")
+                for step in (
+                    cmd(TAKE, device=node, name=""),
+                    cmd(TAKE, device=node, name="s"),
+                    cmd(TAKE, device=node, name="s"),
+                )
+            ),
+            LIST,
+            *(
+                gone(device=node, name="s", **more)
+                for node in ("a", "one", "zero", "r", "f", "ro", "over", "null", "nosuch", "")
+                for more in ({}, {"id": "1"})
+            ),
+            LIST,
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
+def test_session(session: Session, tmp_path: Path) -> None:
+    check_session(session, tmp_path, tmp_path)
