@@ -12,6 +12,7 @@ import pytest
 
 from pyqsd.block.driver import MAY_UNMAP
 from pyqsd.block.extents import COMPRESSED, DATA, OFFSET_VALID, ZERO
+from pyqsd.block.internal_snapshots import listed
 from pyqsd.block.node import Node
 from tests.drivers.qcow2.support import opened, run
 from tests.support import images, peers
@@ -225,6 +226,8 @@ def test_information(tmp_path: Path, options: str) -> None:
         async with opened(path, read_only=True) as node:
             specific = node.driver.format_specific()
             found = {"format-specific": specific, **node.driver.image_info()}
+            if special == "snapshots":
+                found["snapshots"] = listed(node)
             return dict(msgspec.json.decode(msgspec.json.encode(found)))
 
     ours = {key.replace("_", "-"): value for key, value in run(main()).items()}
