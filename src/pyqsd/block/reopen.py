@@ -42,7 +42,8 @@ class _Prepared:
 
     def __init__(self, node: Node, options: BlockdevOptions) -> None:
         self.node = node
-        self.options = options
+        # Options in line need not repeat the name.
+        self.options = structs.replace(options, node_name=node.options.node_name)
         self.old_effective = {name: getattr(node, name) for name in _EFFECTIVE}
         self.new_effective: dict[str, Any] = {}
         self.state: Any = None
@@ -103,7 +104,7 @@ async def _reopen_nodes(graph: Graph, wanted: list[tuple[Node, BlockdevOptions]]
     async with graph.drained(*_concerned(work.explicit)):
         try:
             for node, options in wanted:
-                await _prepare(work, node, options, None, 0)
+                await _prepare(work, node, options)
             _check_permissions(work)
         except BaseException:
             for item in reversed(queue):
@@ -114,8 +115,7 @@ async def _reopen_nodes(graph: Graph, wanted: list[tuple[Node, BlockdevOptions]]
                     await item.node.driver.reopen_abort(item.state)
             raise
         for item in reversed(queue):
-            item.node.options = item.options
-            item.node.driver.options = item.options
+            item.node.options = item.node.driver.options = item.options
             item.node.driver.reopen_commit(item.state)
         change.commit()
         for item in reversed(queue):
@@ -132,7 +132,15 @@ def _concerned(nodes: set[Node]) -> list[Node]:
     return found
 
 
-async def _prepare(work: _Reopening, node: Node, options: BlockdevOptions, parent: Node | None, role: int) -> None:
+async def _prepare(
+    work: _Reopening,
+    node: Node,
+    options: BlockdevOptions,
+    above: _Prepared | None = None,
+    role: int = 0,
+    by_name: bool = False,
+) -> None:
+    """`above`, `role`, `by_name`: whose child goes along here, and whether those options only name it."""
     item = _Prepared(node, options)
     driver = node.driver
     children: dict[str, Any] = {}
@@ -142,9 +150,13 @@ async def _prepare(work: _Reopening, node: Node, options: BlockdevOptions, paren
         children = _child_references(node, options)
         for name, ref in children.items():
             _find_replacement(work.graph, item, name, ref)
-        _check_same(node, options)
+        _check_driver(node, options)
+    if options.force_share is not None and options.force_share != node.force_share:
+        raise Error("Cannot change the option 'force-share'")
     try:
-        apply_options(node, options, parent, role)
+        apply_options(node, options, above.node if above is not None else None, role)
+        if above is not None and by_name:
+            _keep_inherited(item, options, above.options)
         item.new_effective = {name: getattr(node, name) for name in _EFFECTIVE}
     finally:
         item.set_effective(item.old_effective)
@@ -157,6 +169,8 @@ async def _prepare(work: _Reopening, node: Node, options: BlockdevOptions, paren
     _replace_children(work.change, item)
     item.state = await driver.reopen_prepare(options, item.new_effective["read_only"])
     item.driver_prepared = True
+    if not work.keep_children:
+        _check_same(node, options)
     # From here on the node counts as what it is going to be; children inherit from that.
     item.set_effective(item.new_effective)
     for child in tuple(node.children):
@@ -164,7 +178,7 @@ async def _prepare(work: _Reopening, node: Node, options: BlockdevOptions, paren
             continue
         ref = children.get(child.name)
         inner = ref if isinstance(ref, BlockdevOptions) else child.node.options
-        await _prepare(work, child.node, inner, node, child.role)
+        await _prepare(work, child.node, inner, item, child.role, not isinstance(ref, BlockdevOptions))
 
 
 def _replace_children(change: Change, item: _Prepared) -> None:
@@ -178,8 +192,23 @@ def _replace_children(change: Change, item: _Prepared) -> None:
             change.add(item.node, name, new, role)
 
 
-def _check_same(node: Node, options: BlockdevOptions) -> None:
-    """Options that cannot change are the same as before. Raises Error."""
+def _keep_inherited(item: _Prepared, options: BlockdevOptions, above: BlockdevOptions) -> None:
+    """A child that its parent's options only name stays as it is where those say nothing."""
+    own, parents = options.cache, above.cache
+    given = {
+        "read_only": (options.read_only, above.read_only),
+        "auto_read_only": (options.auto_read_only, above.auto_read_only),
+        "force_share": (options.force_share, above.force_share),
+        "cache_direct": (own and own.direct, parents and parents.direct),
+        "no_flush": (own and own.no_flush, parents and parents.no_flush),
+    }
+    for name, values in given.items():
+        if values == (None, None):
+            setattr(item.node, name, item.old_effective[name])
+
+
+def _check_driver(node: Node, options: BlockdevOptions) -> None:
+    """The driver is the same. Raises Error."""
     old = node.options
     if type(options) is not type(old):
         names = set(options.__struct_fields__)
@@ -187,6 +216,11 @@ def _check_same(node: Node, options: BlockdevOptions) -> None:
             if name not in names and getattr(old, name) is not None:
                 raise Error(f"Option '{_wire(old, name)}' cannot be reset to its default value")
         raise Error("Cannot change the option 'driver'")
+
+
+def _check_same(node: Node, options: BlockdevOptions) -> None:
+    """Options that cannot change are the same as before. Raises Error."""
+    old = node.options
     changeable = _GENERIC | node.driver.mutable_options
     children = {child.name for child in node.children} | {"file", "backing"}
     for name in old.__struct_fields__:

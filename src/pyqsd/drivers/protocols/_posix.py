@@ -379,7 +379,8 @@ class PosixDriver(Driver):
         if options.x_check_cache_dropped:
             raise Error("'x-check-cache-dropped' is not supported", errno.ENOTSUP)
         direct = self._will_be_direct(options)
-        self._check_aio(options, direct)
+        if options.aio == self.options.aio:
+            self._check_aio(options, direct)
         auto = self.node.auto_read_only if options.auto_read_only is None else options.auto_read_only
         writable = not read_only and (not auto or bool(self._perm & _WRITERS))
         if writable != self._file.writable or direct != self._direct:

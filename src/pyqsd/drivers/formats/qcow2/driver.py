@@ -150,6 +150,8 @@ class Qcow2(Driver):
         l2 = image.l2
         self._last_key = -1
         self._unpacked = Unpacked(image)
+        self.__dict__.pop("map", None)
+        self.__dict__.pop("map_write", None)
         if image.extended:
             self._writer = extended.ExtendedWriter(image, self._unpacked)
             # The usual ones are for one word an entry, and fast.
