@@ -41,22 +41,32 @@ def _has_active_parent(node: Node) -> bool:
 
 async def activate(graph: Graph, *roots: Node) -> None:
     """Make `roots` and everything below them active. Raises Error; what was made active by then stays so."""
-    nodes = [node for node in _below(list(roots)) if not node.active]
-    if nodes:
-        async with graph.drained(*nodes):
-            for node in nodes:
+    nodes = _below(list(roots))
+    if all(node.active for node in nodes):
+        return
+    # The main child of an inactive node may be active; but what it knows of its file is as old.
+    nodes = [node for node in nodes if not node.active or node.driver.is_protocol]
+    async with graph.drained(*nodes):
+        for node in nodes:
+            if node.active:
+                await _look_again(node)
+            else:
                 await _activate(node)
+
+
+async def _look_again(node: Node) -> None:
+    try:
+        await node.driver.activate()
+    except OSError as exc:
+        raise from_oserror(exc, f"Could not activate node '{node.name}'") from exc
+    node.reread_length()
 
 
 async def _activate(node: Node) -> None:
     node.active = True
     try:
         graph_perms.refresh([node])
-        try:
-            await node.driver.activate()
-            node.reread_length()
-        except OSError as exc:
-            raise from_oserror(exc, f"Could not activate node '{node.name}'") from exc
+        await _look_again(node)
         node.refresh_limits()
         for edge in list(node.parents):
             if isinstance(edge.parent, BlockBackend):
