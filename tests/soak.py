@@ -1,8 +1,8 @@
 """`python -m tests.soak`: the random tests for longer, with seeds that no test run has.
 
 Bounded in time (`--minutes`) and in rounds (`--rounds`). Each round is one random workload, one storm of concurrent
-requests, one kill -9, and fuzz on both protocols. The first failure ends it, prints what it was and how
-to do that round again (`--seed`), and leaves the files where they are.
+requests, one of changes of the graph under load, one kill -9, and fuzz on both protocols. The first failure ends it,
+prints what it was and how to do that round again (`--seed`), and leaves the files where they are.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.support import images
 from tests.support.daemon import DaemonProcess
 from tests.support.nbd import is_alive
-from tests.system import fuzz, test_concurrency, test_crash, test_random_workload
+from tests.system import fuzz, test_concurrency, test_crash, test_graph_changes, test_random_workload
 
 
 def workload(root: Path, seed: int) -> str:
@@ -41,6 +41,11 @@ def crash(root: Path, seed: int) -> str:
     (root / "crash").mkdir()
     test_crash.crash(root / "crash", test_crash.KINDS[kind], seed, "pyqsd")
     return kind
+
+
+def graph(root: Path, seed: int) -> str:
+    commands = test_graph_changes.storm(root / "graph", seed, steps=400)
+    return f"{commands} changes"
 
 
 def abuse(root: Path, seed: int) -> str:
@@ -70,7 +75,7 @@ def abuse(root: Path, seed: int) -> str:
     return "both protocols"
 
 
-PARTS = {"workload": workload, "storm": storm, "crash": crash, "abuse": abuse}
+PARTS = {"workload": workload, "storm": storm, "graph": graph, "crash": crash, "abuse": abuse}
 
 
 def main(argv: list[str]) -> int:

@@ -7,11 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.system.differential import Session, add, check_session, cmd, delete
+from tests.system.differential import Session, add, check_session, delete
 from tests.system.test_differential_blockdev import NBD_START, export, file, null, qcow2, raw
-from tests.system.test_differential_graph import once, reopen
-
-SHOW = (cmd("x-debug-query-block-graph"), cmd("query-named-block-nodes", flat=True))
+from tests.system.test_differential_graph import SHOW, once, reopen
 
 
 def wire(**options: Any) -> dict[str, Any]:

@@ -28,9 +28,13 @@ class Action:
 
 
 async def run(*actions: Action) -> None:
-    """Do all of `actions`, or none. Raises Error. Once all are prepared, not even a cancellation keeps them from their
-    end."""
-    await asyncio.shield(asyncio.ensure_future(_run(actions)))
+    """Do all of `actions`, or none. Raises Error. Not even a cancellation keeps them from their end."""
+    task = asyncio.get_running_loop().create_task(_run(actions))
+    try:
+        await asyncio.shield(task)
+    finally:
+        if not task.done():
+            await asyncio.wait([task])
 
 
 async def _run(actions: Sequence[Action]) -> None:

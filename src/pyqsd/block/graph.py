@@ -138,8 +138,8 @@ class Graph:
         finally:
             await self.unref(node)
 
-    async def open_unattached(self, options: BlockdevOptions, parent: Node, role: int) -> Node:
-        """Open a node as `parent` would as a child with `role`, but without attaching it: whoever asked for it gives it
+    async def open_unattached(self, options: BlockdevOptions, parent: Node | None = None, role: int = 0) -> Node:
+        """Open a node, as `parent` would as a child with `role`, but without attaching it: the caller passes it
         to `unref`. Raises Error, OSError."""
         return await self._open(options, parent, role)
 
