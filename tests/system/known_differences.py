@@ -14,7 +14,7 @@ _ONE_PIECE = (
     "call; where nothing but zeroes is read, a hole is sent, as QSD does"
 )
 
-_LATER = "encryption and external data files are refused: a later release has them"
+_LATER = "external data files are refused: a later release has them"
 
 KNOWN: dict[tuple[str, str], str] = {
     ("backing-null", _NULL): "QSD gives null-co the name of the image's own backing file, which null-co refuses",
@@ -32,10 +32,7 @@ KNOWN: dict[tuple[str, str], str] = {
     **{
         (f"mangled-header-{mode}", f"{name}: {step}"): _LATER
         for mode in ("ro", "rw")
-        for name, steps in (
-            ("crypt-method=0x1", ("open",)),
-            ("incompatible-bit-2", ("open",)),
-        )
+        for name, steps in (("incompatible-bit-2", ("open",)),)
         for step in steps
     },
 }

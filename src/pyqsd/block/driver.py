@@ -106,7 +106,8 @@ class Driver:
     zero_flags: ClassVar[int] = 0
     #: Options (attribute names) that `reopen_prepare` lets change; any other change of an option is refused for it.
     mutable_options: ClassVar[frozenset[str]] = frozenset()
-    #: Options (attribute names) that decide what is read; a node opened with one of them has a json: filename.
+    #: Options (attribute names, or ``option.member``) that decide what is read; a node opened with one of them has a
+    #: json: filename.
     strong_options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, node: Node, options: Any) -> None:

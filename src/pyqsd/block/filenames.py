@@ -101,15 +101,20 @@ def _directory(node: Node) -> str | None:
 
 
 def _strong(node: Node) -> dict[str, Any]:
-    """The given options that decide what is read, by wire name."""
+    """The given options that decide what is read, by wire name; members of structs are spelled ``option.member``."""
     options = node.options
     fields: tuple[str, ...] = options.__struct_fields__
     wire: tuple[str, ...] = options.__struct_encode_fields__
     found: dict[str, Any] = {}
     for name in node.driver.strong_options:
+        name, dot, member = name.partition(".")
         value = getattr(options, name, None)
+        path = wire[fields.index(name)]
+        if dot and value is not None:
+            path += "." + value.__struct_encode_fields__[value.__struct_fields__.index(member)]
+            value = getattr(value, member)
         if value is not None:
-            found[wire[fields.index(name)]] = to_wire(value)
+            found[path] = to_wire(value)
     return found
 
 

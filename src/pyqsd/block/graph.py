@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import random
 import re
@@ -22,6 +23,7 @@ from pyqsd.trace import events as trace
 
 if TYPE_CHECKING:
     from pyqsd.qapi.command import EventBus
+    from pyqsd.qom.objects import Objects
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,8 @@ class Graph:
 
     def __init__(self, events: EventBus) -> None:
         self.events = events
+        #: The objects of the daemon, for drivers that need one; None where there are none.
+        self.objects: Objects | None = None
         self.nodes: dict[str, Node] = {}
         self.backends: list[BlockBackend] = []
         self._drains: list[_Drain] = []
@@ -63,6 +67,12 @@ class Graph:
         if node is None:
             raise Error(f"Cannot find device='{name}' nor node-name='{name}'")
         return node
+
+    def secret_text(self, id: str) -> str:
+        """What the secret object `id` holds. Raises Error."""
+        if self.objects is None:
+            raise Error(f"No secret with id '{id}'", errno.ENOENT)
+        return self.objects.secret_text(id)
 
     # --- adding ------------------------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class Daemon:
         self.exports = Exports(self.graph, self.events)
         self.chardevs = Chardevs()
         self.objects = Objects(self.chardevs)
+        self.graph.objects = self.objects
         self._stop_wanted = asyncio.Event()
         self._stopping: asyncio.Task[None] | None = None
         services: dict[Any, object] = {

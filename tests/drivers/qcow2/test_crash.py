@@ -15,6 +15,7 @@ import pytest
 from pyqsd.block.driver import MAY_UNMAP
 from pyqsd.block.node import Node
 from pyqsd.drivers.formats.qcow2.create import empty_image
+from tests.drivers.qcow2 import encrypted
 from tests.drivers.qcow2.crash import after_kill, after_power_cut
 from tests.drivers.qcow2.support import LogFile, close, open_logged, run
 from tests.support import images
@@ -106,9 +107,16 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], int, int]] = {
 }
 
 
-def _judge(tmp_path: Path, name: str, image: bytes, history: History, cut: int, *, dirty_ok: bool) -> None:
+def _judge(
+    tmp_path: Path, name: str, image: bytes, history: History, cut: int, *, dirty_ok: bool, method: str = ""
+) -> None:
     path = tmp_path / "crashed"
     path.write_bytes(image)
+    if method:
+        result = encrypted.check(path, method)
+        assert not result.get("corruptions") and not result.get("check-errors"), (name, cut, result)
+        history.check(encrypted.read_all(path, method, tmp_path / "raw"), cut)
+        return
     result = images.check(path)
     if dirty_ok and images.info(path).get("dirty-flag"):
         # With lazy refcounts the counts are wrong by intention; whoever opens the image repairs them first.
@@ -142,6 +150,34 @@ def test_every_cut(tmp_path: Path, name: str, power: bool) -> None:
     final = tmp_path / "final"
     final.write_bytes(after_kill(image, log, len(log)))
     images.assert_clean(final)
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
+@pytest.mark.parametrize(
+    ("method", "creation"),
+    [("luks", {"cluster_size": 4096}), ("luks", {"cluster_size": 16384, "extended_l2": True}), ("aes", {})],
+    ids=["luks", "luks-extended", "aes"],
+)
+def test_encrypted(tmp_path: Path, method: str, creation: dict[str, Any], power: bool) -> None:
+    """What surrounds a write in its cluster is there and encrypted before the cluster is."""
+    size = 1 << 20
+    image = encrypted.make(tmp_path / "disk", size, method, **creation).read_bytes()
+    history = History(size)
+
+    async def main() -> list[tuple[Any, ...]]:
+        graph = await encrypted.graph_with_secret()
+        node, below = await open_logged(image, graph, encrypt=encrypted.key(method))
+        await _requests(node, below, history, len(method), 50, 300_032)
+        complete = len(history.writes)
+        await close(node)
+        history.flushes.append((len(below.log), complete))
+        return below.log
+
+    log = run(main())
+    rnd = random.Random(f"{method}{power}")
+    for cut in [*sorted(rnd.sample(range(1, len(log)), 12)), len(log)]:
+        crashed = after_power_cut(image, log, cut, rnd) if power else after_kill(image, log, cut)
+        _judge(tmp_path, method, crashed, history, cut, dirty_ok=False, method=method)
 
 
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])

@@ -36,9 +36,12 @@ if TYPE_CHECKING:
     from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
     from pyqsd.drivers.formats.qcow2.create_options import CreateOptions
+    from pyqsd.drivers.formats.qcow2.encryption import Access, Encryption
     from pyqsd.drivers.formats.qcow2.image import Image
 
 _STORED = DATA | ALLOCATED | OFFSET_VALID
+#: What is encrypted by itself, bytes.
+_SECTOR = 512
 _NO_ENTRIES: array[int] = array("Q")
 
 
@@ -49,6 +52,7 @@ class Qcow2(Driver):
     Options = Options
     supports_backing = True
     supports_snapshots = True
+    strong_options = ("encrypt.key_secret",)
     zero_flags = MAY_UNMAP | NO_FALLBACK
     mutable_options = frozenset(
         {
@@ -63,6 +67,7 @@ class Qcow2(Driver):
             "l2_cache_entry_size",
             "refcount_cache_size",
             "cache_clean_interval",
+            "encrypt",
         }
     )
 
@@ -82,6 +87,8 @@ class Qcow2(Driver):
         self._preparing = asyncio.Lock()
         self._preallocated: bool | None = None
         self._clean_timer: asyncio.TimerHandle | None = None
+        self._encryption: Encryption | None = None
+        self._access: Access | None = None
         # What `map` needs, at hand: see `_adopt`.
         self._last_key = -1
         self._last_entries = _NO_ENTRIES
@@ -108,8 +115,12 @@ class Qcow2(Driver):
 
     async def open(self) -> None:
         file = (await self.node.open_child("file", self.options.file, ROLE_IMAGE)).node
-        await self._load(file)
-        await self._open_backing()
+        try:
+            await self._load(file)
+            await self._open_backing()
+        except BaseException:
+            self._forget_key()
+            raise
         self._start_cleaning()
 
     async def _load(self, file: Node) -> None:
@@ -119,6 +130,11 @@ class Qcow2(Driver):
         image = await opening.open_image(node, file, header, self.options)
         if self.options.x_snapshot is not None:
             await self._show_snapshot(image, self.options.x_snapshot)
+        if image.encrypted:
+            if self._encryption is None:
+                self._encryption = await opening.open_encryption(image, self.options)
+            else:
+                await self._encryption.reload(image)
         self._bitmaps = await opening.read_bitmaps(image)
         self._adopt(image)
         self._ready = self._repaired = False
@@ -150,8 +166,9 @@ class Qcow2(Driver):
         l2 = image.l2
         self._last_key = -1
         self._unpacked = Unpacked(image)
-        self.__dict__.pop("map", None)
-        self.__dict__.pop("map_write", None)
+        for name in ("map", "map_write", "read_now", "write_now"):
+            # Those of the image that was used before.
+            self.__dict__.pop(name, None)
         if image.extended:
             self._writer = extended.ExtendedWriter(image, self._unpacked)
             # The usual ones are for one word an entry, and fast.
@@ -159,6 +176,8 @@ class Qcow2(Driver):
             setattr(self, "map_write", self._map_write_extended)  # noqa: B010
         else:
             self._writer = Writer(image, self._unpacked)
+        if self._encryption is not None:
+            self._adopt_encryption(self._encryption)
         self._unmapper = Unmapper(image, self._writer)
         image.forget_slice = self._forget_slice
         image.forget_all = self._forget_all
@@ -173,6 +192,21 @@ class Qcow2(Driver):
         self._odd = ((1 << 63) - 1) & ~(OFFSET_MASK & ~image.cluster_mask)
         #: The same, with the bit that must be set for writing in place.
         self._odd_or_copied = self._odd | COPIED
+
+    def _adopt_encryption(self, encryption: Encryption) -> None:
+        """Ordinary clusters are read and written through `encryption`."""
+        from pyqsd.drivers.formats.qcow2 import encryption as encrypted
+
+        kind = encrypted.EncryptingExtendedWriter if self.image.extended else encrypted.EncryptingWriter
+        self._writer = kind(self.image, self._unpacked, encryption)
+        self._access = encrypted.Access(encryption, self.map, self.map_write)
+        for name in ("map", "map_write", "read_now", "write_now"):
+            setattr(self, name, getattr(self._access, name))
+
+    def _forget_key(self) -> None:
+        if self._encryption is not None:
+            self._encryption.close()
+            self._encryption = None
 
     def _forget_slice(self, found: Slice) -> None:
         if found.key == self._last_key:
@@ -202,6 +236,7 @@ class Qcow2(Driver):
         finally:
             await self.image.tasks_done()
             await self.image.marked()
+            self._forget_key()
 
     async def inactivate(self) -> None:
         await self._complete()
@@ -280,6 +315,8 @@ class Qcow2(Driver):
     # --- size -------------------------------------------------------------------------------------------------------
 
     def refresh_limits(self, limits: Limits) -> None:
+        if self.image.encrypted:
+            limits.request_alignment = _SECTOR
         limits.pwrite_zeroes_alignment = self.image.unit_size
         limits.pdiscard_alignment = self._size
 
@@ -490,7 +527,10 @@ class Qcow2(Driver):
         while done < length:
             n, flags, node, at = await self.load_map(offset + done, length - done)
             part = iovs.part(iov, done, n)
-            if flags & DRIVER:
+            access = self._access
+            if access is not None and flags & DRIVER and not flags & COMPRESSED:
+                await access.read(offset + done, n, part)
+            elif flags & DRIVER:
                 found = image.l2.slices[(offset + done) >> self._slice_shift]
                 entry = found.entries[(((offset + done) >> self._bits) & self._slice_mask) * image.l2.words]
                 within = (offset + done) & self._mask
@@ -578,7 +618,7 @@ class Qcow2(Driver):
         return self.file.node.driver.exact_filename()
 
     def format_specific(self) -> info.ImageInfoSpecificQCow2Wrapper:
-        return info.specific(self.image, self._bitmaps)
+        return info.specific(self.image, self._bitmaps, self._encryption)
 
     def image_info(self) -> dict[str, Any]:
         return info.image_info(self.image)
@@ -641,6 +681,7 @@ class Qcow2(Driver):
             raise Error("qcow2: Image is corrupt; cannot be opened read/write", errno.EACCES)
         if options.x_snapshot is not None and not read_only:
             raise Error("'x-snapshot' can only be used with read-only=on", errno.EACCES)
+        opening.check_encryption(image.header, options, self.options)
         new = make_settings(options, image.header, self.node.discard_unmap, self.length())
         if not self.node.read_only:
             # Everything goes to disk, so that the caches can be made anew, or the node can become read-only.

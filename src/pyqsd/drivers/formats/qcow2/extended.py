@@ -197,7 +197,7 @@ class ExtendedWriter(Writer):
                 following += 1
             n = min(length - at, (following << image.unit_bits) - within - at)
             if kind == 1:
-                await image.data.preadv(host + within + at, n, [data[at : at + n]])
+                await self._fetch(host + within + at, offset + at, data[at : at + n])
             elif not kind and image.backing is not None:
                 await self._read_backing(offset + at, data[at : at + n])
             at += n

@@ -364,6 +364,18 @@ def decode_extensions(header: Header, first: bytes | bytearray) -> None:
         raise Error(f"Missing CRYPTO header for crypt method {header.crypt_method}", errno.EINVAL)
 
 
+def encryption_area(header: Header) -> tuple[int, int] | None:
+    """Where the image file has its LUKS header with the key material: (offset, bytes), the offset at a cluster; None if
+    it has none. These clusters are in use, and count as referred to once."""
+    data = header.extension(EXT_CRYPTO)
+    return None if data is None else (int.from_bytes(data[:8], "big"), int.from_bytes(data[8:16], "big"))
+
+
+def encryption_extension(offset: int, length: int) -> tuple[int, bytes]:
+    """The header extension that says where the LUKS header is (bytes)."""
+    return EXT_CRYPTO, offset.to_bytes(8, "big") + length.to_bytes(8, "big")
+
+
 def _decode_bitmaps(header: Header, data: bytes) -> None:
     if len(data) != 24:
         raise Error("bitmaps_ext: Invalid extension length", errno.EINVAL)

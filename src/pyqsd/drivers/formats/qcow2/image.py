@@ -45,6 +45,8 @@ class Image:
         self.data = file
         self.header = header
         self.settings = settings
+        #: Ordinary clusters are encrypted (see `encryption`).
+        self.encrypted = header.crypt_method != headers.CRYPT_NONE
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
         self.cluster_mask = header.cluster_size - 1

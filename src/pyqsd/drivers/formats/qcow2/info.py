@@ -6,12 +6,14 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from pyqsd.block.info import ImageInfoSpecific, SnapshotInfo
+from pyqsd.crypto.options import QCryptoBlockInfoLUKS as LuksInfo
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.options import BlockdevQcow2EncryptionFormat
 from pyqsd.qapi.types import Struct, Uint32
 
 if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
+    from pyqsd.drivers.formats.qcow2.encryption import Encryption
     from pyqsd.drivers.formats.qcow2.image import Image
     from pyqsd.drivers.formats.qcow2.snapshots import Snapshot
 
@@ -44,6 +46,10 @@ class ImageInfoSpecificQCow2Encryption(Struct, tag_field="format", tag="pyqsd-ba
 
 class ImageInfoSpecificQCow2EncryptionAES(ImageInfoSpecificQCow2Encryption, tag="aes"):
     """AES-CBC."""
+
+
+class QCryptoBlockInfoLUKS(LuksInfo, ImageInfoSpecificQCow2Encryption, kw_only=True, tag="luks"):
+    """A LUKS header in the image."""
 
 
 class ImageInfoSpecificQCow2(Struct, kw_only=True):
@@ -84,12 +90,15 @@ def bitmap_infos(stored: list[StoredBitmap]) -> list[Qcow2BitmapInfo]:
     return shown
 
 
-def specific(image: Image, bitmaps: list[StoredBitmap]) -> ImageInfoSpecificQCow2Wrapper:
+def specific(image: Image, bitmaps: list[StoredBitmap], encryption: Encryption | None) -> ImageInfoSpecificQCow2Wrapper:
     """``ImageInfo.format-specific``."""
     header = image.header
+    encrypt = _encryption(encryption)
     kind = Qcow2CompressionType.ZSTD if header.compression_type else Qcow2CompressionType.ZLIB
     if header.version < 3:
-        data = ImageInfoSpecificQCow2(compat="0.10", refcount_bits=header.refcount_bits, compression_type=kind)
+        data = ImageInfoSpecificQCow2(
+            compat="0.10", refcount_bits=header.refcount_bits, encrypt=encrypt, compression_type=kind
+        )
     else:
         named = header.extension(headers.EXT_DATA_FILE)
         shown = bitmaps if header.autoclear & headers.AUTOCLEAR_BITMAPS else []
@@ -101,15 +110,26 @@ def specific(image: Image, bitmaps: list[StoredBitmap]) -> ImageInfoSpecificQCow
             extended_l2=bool(header.incompatible & headers.INCOMPAT_EXTENDED_L2),
             refcount_bits=header.refcount_bits,
             compression_type=kind,
+            encrypt=encrypt,
             bitmaps=bitmap_infos(shown) or None,
         )
     return ImageInfoSpecificQCow2Wrapper(data=data)
+
+
+def _encryption(encryption: Encryption | None) -> ImageInfoSpecificQCow2Encryption | None:
+    if encryption is None:
+        return None
+    if encryption.luks is None:
+        return ImageInfoSpecificQCow2EncryptionAES()
+    shown = encryption.luks.header.info()
+    return QCryptoBlockInfoLUKS(**{name: getattr(shown, name) for name in shown.__struct_fields__})
 
 
 def image_info(image: Image) -> dict[str, Any]:
     """Members of ``ImageInfo``, by attribute name."""
     info: dict[str, Any] = {
         "cluster_size": image.cluster_size,
+        "encrypted": image.encrypted,
         "dirty_flag": bool(image.header.incompatible & headers.INCOMPAT_DIRTY),
     }
     if image.header.backing_file:

@@ -22,6 +22,7 @@ from pyqsd.qapi.errors import Error
 if TYPE_CHECKING:
     from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
+    from pyqsd.drivers.formats.qcow2.encryption import Encryption
 
 
 async def read_header(node: Node, file: Node, options: Options) -> headers.Header:
@@ -42,13 +43,27 @@ async def read_header(node: Node, file: Node, options: Options) -> headers.Heade
     return header
 
 
-def _refuse_unsupported(node: Node, header: headers.Header, options: Options) -> None:
+def check_encryption(header: headers.Header, options: Options, old: Options | None = None) -> None:
+    """Whether `options` say what the header says of encryption, and give all that `old` did, should they replace those.
+    The key is not looked at: when a node is opened again, it goes on with the one that it has. Raises Error."""
+    if old is not None and old.encrypt is not None:
+        if options.encrypt is None:
+            raise Error("Option 'encrypt.format' cannot be reset to its default value")
+        if options.encrypt.key_secret is None and old.encrypt.key_secret is not None:
+            raise Error("Option 'encrypt.key-secret' cannot be reset to its default value")
     if header.crypt_method == headers.CRYPT_NONE:
         if options.encrypt is not None:
             chosen = options.encrypt.__struct_config__.tag
             raise Error(f"No encryption in image header, but options specified format '{chosen}'", errno.EINVAL)
-    else:
-        raise Error("Encrypted qcow2 images are not supported", errno.ENOTSUP)
+    elif options.encrypt is not None:
+        method = "aes" if header.crypt_method == headers.CRYPT_AES else "luks"
+        chosen = options.encrypt.__struct_config__.tag
+        if chosen != method:
+            raise Error(f"Header reported '{method}' encryption format but options specify '{chosen}'", errno.EINVAL)
+
+
+def _refuse_unsupported(node: Node, header: headers.Header, options: Options) -> None:
+    check_encryption(header, options)
     if header.incompatible & headers.INCOMPAT_DATA_FILE:
         raise Error("qcow2 images with an external data file are not supported", errno.ENOTSUP)
     if options.data_file is not None:
@@ -83,6 +98,14 @@ async def open_image(node: Node, file: Node, header: headers.Header, options: Op
         raise Error("Failed to read snapshot table", exc.errno or errno.EIO) from exc
     image.meta = await metadata_map(image, image.settings.overlap)
     return image
+
+
+async def open_encryption(image: Image, options: Options) -> Encryption:
+    """The cipher of an encrypted image. Raises Error."""
+    from pyqsd.drivers.formats.qcow2 import encryption
+
+    secret = options.encrypt.key_secret if options.encrypt is not None else None
+    return await encryption.open_encryption(image, secret)
 
 
 async def read_snapshots(file: Node, header: headers.Header) -> list[snapshots.Snapshot]:

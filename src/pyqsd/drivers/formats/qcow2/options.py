@@ -45,19 +45,17 @@ class BlockdevQcow2EncryptionFormat(StrEnum):
 
 
 class BlockdevQcow2Encryption(Struct, tag_field="format", tag="pyqsd-base"):
-    """The key of an encrypted image."""
+    """The key of an encrypted image. `key_secret`: id of the secret object."""
+
+    key_secret: str | None = None
 
 
 class QCryptoBlockOptionsQCow(BlockdevQcow2Encryption, tag="aes"):
-    """`key_secret`: id of the secret object."""
-
-    key_secret: str | None = None
+    """The key."""
 
 
 class QCryptoBlockOptionsLUKS(BlockdevQcow2Encryption, tag="luks"):
-    """`key_secret`: id of the secret object."""
-
-    key_secret: str | None = None
+    """A passphrase of a key slot."""
 
 
 Qcow2OverlapChecks = Annotated[Qcow2OverlapCheckFlags | Qcow2OverlapCheckMode, Alternate("Qcow2OverlapChecks")]

@@ -237,7 +237,7 @@ class Writer:
                 await image.write_back()
                 await self._fill(found, first, count, host, offset, length, iov, allocated)
             self._link(found, first & (image.l2.slice_entries - 1), count, host, offset, length)
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             if allocated:
                 image.refcounts.release(host >> image.cluster_bits, count)
             raise
@@ -288,8 +288,8 @@ class Writer:
     ) -> None:
         """Write the guest's data and, before and after it in the first and last cluster, what was there."""
         image = self.image
-        # What lies beyond everything ever written is a hole in the file.
-        fresh = host >= image.touched_end
+        # What lies beyond everything ever written is a hole in the file, which means zeroes unless it is decrypted.
+        fresh = host >= image.touched_end and not image.encrypted
         end = host + (count << image.cluster_bits)
         if end > image.touched_end:
             image.touched_end = end
@@ -321,13 +321,21 @@ class Writer:
             if tail and not (fresh and after is None):
                 iov = iov + (iovs.zero_views(tail) if after is None else [after])
                 length += tail
-        data = image.data
-        if host + head + length > data.length:
+        if host + head + length > image.data.length:
             await image.reserve(host + head + length)
-        if length >= _BACKGROUND_FROM:
-            await data.pwritev(host + head, length, iov, BACKGROUND)
-        elif not data.write_now(host + head, length, iov):
-            await data.pwritev(host + head, length, iov)
+        await self._store(host + head, start + head, length, iov, BACKGROUND if length >= _BACKGROUND_FROM else 0)
+
+    async def _store(self, host: int, guest: int, length: int, iov: list[memoryview], flags: int) -> None:
+        """Write the content of new clusters to the offset `host` of the data file; `guest` is that on the disk."""
+        data = self.image.data
+        if flags or not data.write_now(host, length, iov):
+            await data.pwritev(host, length, iov, flags)
+
+    async def _fetch(self, host: int, guest: int, view: memoryview) -> None:
+        """Read what is stored at the offset `host` of the data file; `guest` is that on the disk."""
+        data, iov = self.image.data, [view]
+        if not data.read_now(host, len(view), iov):
+            await data.preadv(host, len(view), iov)
 
     async def _zero_by_call(self, host: int, length: int) -> bool:
         try:
@@ -361,10 +369,7 @@ class Writer:
             return memoryview(plain)[within : within + length]
         data = memoryview(bytearray(length))
         if entry & OFFSET_MASK:
-            iov = [data]
-            at = (entry & OFFSET_MASK) + within
-            if not image.data.read_now(at, length, iov):
-                await image.data.preadv(at, length, iov)
+            await self._fetch((entry & OFFSET_MASK) + within, offset, data)
         else:
             await self._read_backing(offset, data)
         return data

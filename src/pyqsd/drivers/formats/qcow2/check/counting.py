@@ -93,9 +93,9 @@ class Walk:
         await self._tables()
         if self.image.snapshots:
             references.add_bytes(header.snapshots_offset, snapshots.table_bytes(self.image.snapshots))
-        crypto = header.extension(headers.EXT_CRYPTO)
-        if crypto is not None:
-            references.add_bytes(int.from_bytes(crypto[:8], "big"), int.from_bytes(crypto[8:16], "big"))
+        area = headers.encryption_area(header)
+        if area is not None:
+            references.add_bytes(*area)
         await self._bitmaps()
 
     def only_tables(self, offsets: Ints, times: Ints) -> Bools:
