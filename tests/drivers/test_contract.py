@@ -45,10 +45,26 @@ def _raw(path: Path) -> dict[str, Any]:
     return {"driver": "raw", "offset": 4096, "size": SIZE, "file": {"driver": "file", "filename": str(path)}}
 
 
+def _blkdebug(path: Path) -> dict[str, Any]:
+    # Rules that never match, so that every request is looked at, and limits that split every one.
+    return {
+        "driver": "blkdebug",
+        "image": _raw_file(path),
+        "align": 512,
+        "max-transfer": 8192,
+        "opt-write-zero": 4096,
+        "max-write-zero": 16384,
+        "opt-discard": 4096,
+        "max-discard": 16384,
+        "inject-error": [{"event": "none", "sector": 1 << 40}],
+    }
+
+
 #: Driver → how to make an image at a path, and its options.
 MAKERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "file": _raw_file,
     "raw": _raw,
+    "blkdebug": _blkdebug,
     "qcow2": _qcow2,
     "null-co": lambda path: {"driver": "null-co", "size": SIZE, "read-zeroes": True},
     "null-aio": lambda path: {"driver": "null-aio", "size": SIZE, "read-zeroes": True},

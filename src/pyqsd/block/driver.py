@@ -84,6 +84,13 @@ class Limits:
         self.pwrite_zeroes_alignment = 0
         self.max_pwrite_zeroes = 0
 
+    def merge(self, below: Limits) -> None:
+        """Take over what a child's limits mean for its parent."""
+        self.memory_alignment = max(self.memory_alignment, below.memory_alignment)
+        self.opt_transfer = max(self.opt_transfer, below.opt_transfer)
+        if below.max_transfer:
+            self.max_transfer = min(self.max_transfer or below.max_transfer, below.max_transfer)
+
 
 class Driver:
     """Base of all block drivers. The instance belongs to one node (`self.node`) and one loop."""
@@ -94,6 +101,8 @@ class Driver:
     Options: ClassVar[type[BlockdevOptions]] = BlockdevOptions
     #: Talks to storage itself (file, host_device, nbd, null-co …) rather than to a child.
     is_protocol: ClassVar[bool] = False
+    #: Names of images may begin with its name and a colon, although it is no protocol.
+    names_images: ClassVar[bool] = False
     #: Passes on the very content of one child.
     is_filter: ClassVar[bool] = False
     #: Can have a backing file.

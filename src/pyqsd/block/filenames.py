@@ -32,10 +32,12 @@ def filename(node: Node) -> str:
 def exact_filename(node: Node) -> str:
     """The plain name with which the image could be opened again, or ""."""
     driver = node.driver
-    if driver.is_protocol:
+    if driver.is_protocol or driver.names_images:
         return driver.exact_filename()
     below = primary(node)
-    if below is None or not below.driver.is_protocol or driver.is_filter or _strong(node) or backing_overridden(node):
+    if below is None or driver.is_filter or _strong(node) or backing_overridden(node):
+        return ""
+    if not below.driver.is_protocol and not below.driver.names_images:
         return ""
     return exact_filename(below)
 
@@ -114,8 +116,20 @@ def _strong(node: Node) -> dict[str, Any]:
             path += "." + value.__struct_encode_fields__[value.__struct_fields__.index(member)]
             value = getattr(value, member)
         if value is not None:
-            found[path] = to_wire(value)
+            _flatten(found, path, to_wire(value))
     return found
+
+
+def _flatten(options: dict[str, Any], path: str, value: Any) -> None:
+    """Options that have members are told with dots in their names."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _flatten(options, f"{path}.{key}", inner)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            _flatten(options, f"{path}.{index}", inner)
+    else:
+        options[path] = value
 
 
 def _put(options: dict[str, Any], path: str, value: Any) -> None:

@@ -198,7 +198,7 @@ class Graph:
         assert isinstance(parent, Node)
         child.node.parents.insert(0, child)
         parent.children.append(child)
-        if child.name == "file":
+        if child.name == "file" or child.role & ROLE_PRIMARY:
             parent.driver.file = child
         elif child.name == "backing":
             parent.driver.backing = child

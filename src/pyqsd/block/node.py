@@ -14,7 +14,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
 
-from pyqsd.block import graph_perms, status, write_threshold
+from pyqsd.block import graph_perms, splitting, status, write_threshold
 from pyqsd.block import iov as iovs
 from pyqsd.block import permissions as perms
 from pyqsd.block.child import Child
@@ -23,6 +23,8 @@ from pyqsd.block.driver import (
     MAY_UNMAP,
     NO_FALLBACK,
     ROLE_COW,
+    ROLE_DATA,
+    ROLE_FILTERED,
     Driver,
     Limits,
 )
@@ -34,8 +36,7 @@ if TYPE_CHECKING:
     from pyqsd.block.dirty_bitmap import DirtyBitmap
     from pyqsd.block.graph import Graph
 
-#: A zero write that falls back to writing zeroes goes in pieces of this size.
-_ZERO_PIECE = 16 << 20
+_NOT_SUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 class Tracked:
@@ -87,6 +88,8 @@ class Node:
         self.detect_zeroes = "off"
         self.length = 0
         self.limits = Limits()
+        #: Called with the name of a `BlkdebugEvent` by whoever is about to do what it stands for; set by ``blkdebug``.
+        self.debug_event: Callable[[str], None] | None = None
         #: Requests go to the driver as they are: it is a protocol that takes any length.
         self._leaf = False
         self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
@@ -134,14 +137,11 @@ class Node:
         """Ask the driver again for its limits, and pass that on to the parents that depend on them."""
         limits = Limits()
         for child in self.children:
-            if child.role & ROLE_COW:
-                continue
-            below = child.node.limits
-            limits.memory_alignment = max(limits.memory_alignment, below.memory_alignment)
-            limits.opt_transfer = max(limits.opt_transfer, below.opt_transfer)
+            if child.role & (ROLE_DATA | ROLE_FILTERED | ROLE_COW):
+                limits.merge(child.node.limits)
         self.driver.refresh_limits(limits)
         self.limits = limits
-        self._leaf = self.driver.is_protocol and not limits.max_transfer
+        self._leaf = self.driver.is_protocol and not limits.max_transfer and self.detect_zeroes == "off"
         for edge in self.parents:
             if isinstance(edge.parent, Node) and edge.parent.opened:
                 edge.parent.refresh_limits()
@@ -279,8 +279,7 @@ class Node:
             self._request_done()
 
     async def _read_padded(self, offset: int, length: int, iov: list[memoryview], align: int) -> None:
-        start = offset & -align
-        end = -(-(offset + length) // align) * align
+        start, end = splitting.aligned(offset, length, align)
         bounce = iovs.aligned_buffer(end - start)
         await self._read(start, end - start, [bounce])
         iovs.copy(iov, [bounce[offset - start : offset - start + length]])
@@ -313,10 +312,14 @@ class Node:
                 iovs.fill_zero(part)
             elif flags & OFFSET_VALID:
                 assert node is not None
+                if node.debug_event is not None and not driver.is_filter:
+                    node.debug_event("read_aio")
                 await node.preadv(at, n, part)
             elif driver.backing is None or offset + done >= driver.backing.node.length:
                 iovs.fill_zero(part)
             else:
+                if driver.file is not None and driver.file.node.debug_event is not None:
+                    driver.file.node.debug_event("read_backing_aio")
                 await driver.backing.node.preadv(offset + done, n, part)
             done += n
 
@@ -349,17 +352,12 @@ class Node:
         if not flags and self.write_now(offset, length, iov):
             return
         self._check_writable(offset, length)
-        if self.detect_zeroes != "off" and length and iovs.is_zero(iov):
-            zero_flags = flags & FUA
-            if self.detect_zeroes == "unmap" and self.discard_unmap:
-                zero_flags |= MAY_UNMAP
-            await self.pwrite_zeroes(offset, length, zero_flags)
-            return
         align = self.limits.request_alignment
         if align > 1 and (offset | length) & (align - 1):
+            if not length:
+                return
             await self._tracked_write(
-                offset & -align,
-                -(-(offset + length) // align) * align,
+                *splitting.aligned(offset, length, align),
                 True,
                 lambda: self._write_padded(offset, length, iov, flags, align),
                 offset,
@@ -462,28 +460,61 @@ class Node:
 
     async def _write_padded(self, offset: int, length: int, iov: list[memoryview], flags: int, align: int) -> None:
         """Read, modify, write: the range is widened to `align`."""
-        start = offset & -align
-        end = -(-(offset + length) // align) * align
+        start, end = splitting.aligned(offset, length, align)
         bounce = iovs.aligned_buffer(end - start)
-        if start < offset:
-            await self._read_block(start, align, bounce)
-        if end > offset + length and (end - align > start or start == offset):
-            await self._read_block(end - align, align, bounce[end - align - start :])
+        await self._read_edges(offset, length, align, bounce)
         iovs.copy([bounce[offset - start : offset - start + length]], iov)
         await self._write(start, end - start, [bounce], flags)
 
-    async def _read_block(self, at: int, align: int, into: memoryview) -> None:
-        if at < self.length:
-            await self._read(at, align, [into[:align]])
+    async def _read_edges(self, offset: int, length: int, align: int, buffer: memoryview) -> None:
+        """What is in the first and the last block of the widened range and does not belong to ``[offset, offset +
+        length)``, into the beginning and the end of `buffer`. Two blocks that are all there is are read at once."""
+        start, end = splitting.aligned(offset, length, align)
+        head, tail = start < offset, end > offset + length
+        at_once = end - start == align or (head and tail and end - start == 2 * align)
+        event = self.debug_event
+        if event is not None:
+            if head:
+                event("pwritev_rmw_head")
+            if tail and at_once:
+                event("pwritev_rmw_tail")
+        if head or at_once:
+            await self._read_blocks(start, end - start if at_once else align, align, buffer)
+        if event is not None:
+            if head:
+                event("pwritev_rmw_after_head")
+            if tail:
+                event("pwritev_rmw_after_tail" if at_once else "pwritev_rmw_tail")
+        if tail and not at_once:
+            await self._read_blocks(end - align, align, align, buffer[len(buffer) - align :])
+            if event is not None:
+                event("pwritev_rmw_after_tail")
+
+    async def _read_blocks(self, at: int, length: int, align: int, into: memoryview) -> None:
+        """Blocks at the end of the node or beyond it are zeroes, as `into` is already."""
+        length = min(length, -(-self.length // align) * align - at)
+        if length > 0:
+            await self._read(at, length, [into[:length]])
 
     async def _write(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
+        """An aligned write, which may turn out to be one of zeroes, in pieces that the driver takes."""
+        if self.detect_zeroes != "off" and length and iovs.is_zero(iov):
+            await self._zero_aligned(offset, length, flags | MAY_UNMAP if self.detect_zeroes == "unmap" else flags)
+            return
+        if self.debug_event is not None:
+            self.debug_event("pwritev")
         most = self.limits.max_transfer
         if most and length > most:
+            # A flush in place of FUA covers all pieces when it comes with the last.
+            early = flags if self.driver.write_flags & FUA else flags & ~FUA
             for at in range(0, length, most):
                 n = min(most, length - at)
-                await self._driver_write(offset + at, n, iovs.part(iov, at, n), flags)
+                piece_flags = early if at + n < length else flags
+                await self._driver_write(offset + at, n, iovs.part(iov, at, n), piece_flags)
         else:
             await self._driver_write(offset, length, iov, flags)
+        if self.debug_event is not None:
+            self.debug_event("pwritev_done")
         self._extended_to(offset + length)
 
     async def _driver_write(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
@@ -532,88 +563,91 @@ class Node:
         if not self.discard_unmap:
             flags &= ~MAY_UNMAP
         align = max(self.limits.request_alignment, 1)
-        start = -(-offset // align) * align
-        end = (offset + length) & -align if align > 1 else offset + length
-        if start >= end:
-            if length:
-                await self._write_zero_bytes(offset, length, flags)
+        if not length:
             return
-        if offset < start:
-            await self._write_zero_bytes(offset, start - offset, flags)
+        if (offset | length) & (align - 1) == 0:
+            await self._tracked_write(
+                offset, offset + length, False, lambda: self._zero_aligned(offset, length, flags), offset, length
+            )
+            return
+        if flags & NO_FALLBACK:
+            raise OSError(errno.ENOTSUP, "A part of a block cannot be zeroed efficiently")
         await self._tracked_write(
-            start, end, False, lambda: self._zero_aligned(start, end - start, flags), start, end - start
+            *splitting.aligned(offset, length, align),
+            True,
+            lambda: self._zero_padded(offset, length, flags, align),
+            offset,
+            length,
         )
-        if end < offset + length:
-            await self._write_zero_bytes(end, offset + length - end, flags)
 
-    async def _write_zero_bytes(self, offset: int, length: int, flags: int) -> None:
-        """Zero less than the driver's alignment, as data."""
-        view = iovs.zero_views(length)
-        align = self.limits.request_alignment
-        start, end = offset & -align, -(-(offset + length) // align) * align
-        await self._tracked_write(
-            start, end, True, lambda: self._write_padded(offset, length, view, flags & FUA, align), offset, length
-        )
+    async def _zero_padded(self, offset: int, length: int, flags: int, align: int) -> None:
+        """Zeroes from the middle of a block, or to it: the blocks at the ends are read, modified and written."""
+        start, end = splitting.aligned(offset, length, align)
+        edges = iovs.aligned_buffer(min(end - start, 2 * align))
+        await self._read_edges(offset, length, align, edges)
+        iovs.fill_zero([edges[offset - start : len(edges) - (end - offset - length)]])
+        data_flags = flags & ~MAY_UNMAP
+        if end - start == align or (start < offset and offset + length < end and end - start == 2 * align):
+            await self._write(start, end - start, [edges], data_flags)
+            return
+        if start < offset:
+            await self._write(start, align, [edges[:align]], data_flags)
+            start += align
+        tail = end - align if end > offset + length and end > start else end
+        if start < tail:
+            await self._zero_aligned(start, tail - start, flags)
+        if tail < end:
+            await self._write(tail, align, [edges[len(edges) - align :]], data_flags)
 
     async def _zero_aligned(self, offset: int, length: int, flags: int) -> None:
+        """An aligned zero write, in pieces that the driver takes."""
+        if self.debug_event is not None:
+            self.debug_event("pwritev_zero")
         driver = self.driver
-        most = self.limits.max_pwrite_zeroes or length
-        # The driver's preferred alignment splits off a head and a tail that it would refuse with the middle.
-        granularity = max(self.limits.pwrite_zeroes_alignment, 1)
         at, end = offset, offset + length
+        flush = False
         while at < end:
-            n = min(end - at, most)
-            head = at % granularity
-            if head:
-                n = min(n, granularity - head)
-            elif n > granularity:
-                n -= (at + n) % granularity
+            n = splitting.zero_piece(at, end - at, self.limits)
             try:
                 await driver.pwrite_zeroes(at, n, flags & driver.zero_flags)
+                flush |= bool(flags & FUA) and not driver.zero_flags & FUA
             except OSError as exc:
-                if exc.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP) or flags & NO_FALLBACK:
+                if exc.errno not in _NOT_SUPPORTED or flags & NO_FALLBACK:
                     raise
-                for piece in range(at, at + n, _ZERO_PIECE):
-                    size = min(_ZERO_PIECE, at + n - piece)
-                    await self._write(piece, size, iovs.zero_views(size), flags & FUA)
-            else:
-                self._extended_to(at + n)
-                if flags & FUA and not driver.zero_flags & FUA:
-                    self._write_generation += 1
-                    await self.flush()
+                n = min(n, splitting.most_zero_bytes(self.limits))
+                flush |= bool(flags & FUA) and not driver.write_flags & FUA
+                write_flags = flags & ~(MAY_UNMAP | (0 if driver.write_flags & FUA else FUA))
+                await self._driver_write(at, n, iovs.zero_views(n), write_flags)
+            self._extended_to(at + n)
             at += n
+        if flush:
+            self._write_generation += 1
+            await self.flush()
+        if self.debug_event is not None:
+            self.debug_event("pwritev_done")
 
     async def pdiscard(self, offset: int, length: int) -> None:
         """The content is no longer needed. Nothing happens where ``discard=ignore`` or the driver cannot."""
         self._check_writable(offset, length)
-        if not self.discard_unmap or not length:
-            return
         end = min(offset + length, self.length)
-        align = max(self.limits.request_alignment, 1)
-        start = -(-offset // align) * align
-        # The last partial block may go when it is the end of the node.
-        if end != self.length:
-            end = end // align * align
-        if start >= end:
+        if not self.discard_unmap or offset >= end:
             return
-        await self._tracked_write(start, end, False, lambda: self._discard(start, end), start, end - start, True)
+        await self._tracked_write(offset, end, False, lambda: self._discard(offset, end), offset, end - offset, True)
 
     async def _discard(self, start: int, end: int) -> None:
-        most = self.limits.max_pdiscard or end - start
-        granularity = max(self.limits.pdiscard_alignment, self.limits.request_alignment, 1)
+        align = max(self.limits.request_alignment, 1)
         at = start
         while at < end:
-            n = min(end - at, most)
-            head = at % granularity
-            if head:
-                n = min(n, granularity - head)
-            elif n > granularity:
-                n -= (at + n) % granularity
-            try:
-                await self.driver.pdiscard(at, n)
-            except OSError as exc:
-                if exc.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP):
-                    raise
+            n = splitting.discard_piece(at, end - at, self.limits)
+            # Parts of blocks stay, but for the last one, which ends where the node does.
+            if not at % align and (not n % align or at + n == self.length):
+                try:
+                    await self.driver.pdiscard(at, n)
+                except OSError as exc:
+                    # Some storage minds a head or a tail that is less than it can discard.
+                    minded = exc.errno == errno.EINVAL and splitting.is_part(at, n, self.limits)
+                    if exc.errno not in _NOT_SUPPORTED and not minded:
+                        raise
             at += n
 
     # --- flushing, resizing ------------------------------------------------------------------------------------------
@@ -630,11 +664,16 @@ class Node:
             self._flushing = asyncio.get_running_loop().create_future()
             try:
                 driver = self.driver
+                event = driver.file.node.debug_event if driver.file is not None else None
+                if event is not None:
+                    event("flush_to_os")
                 if driver.is_protocol:
-                    if not self.no_flush and generation != self._flushed_generation:
+                    if self.needs_flush and generation != self._flushed_generation:
                         await driver.flush()
                 else:
                     await driver.flush()
+                if event is not None and self.needs_flush:
+                    event("flush_to_disk")
                 for child in tuple(self.children):
                     if child.perm & (perms.WRITE | perms.WRITE_UNCHANGED):
                         await child.node.flush()
@@ -645,6 +684,11 @@ class Node:
                 waiters.set_result(None)
         finally:
             self._request_done()
+
+    @property
+    def needs_flush(self) -> bool:
+        """Whether anything was written since the last flush, and flushes are wanted at all."""
+        return not self.no_flush and self._write_generation != self._flushed_generation
 
     async def truncate(
         self, length: int, *, exact: bool = False, preallocation: str = "off", zero_new: bool = False

@@ -175,12 +175,14 @@ def _complete(tree: _Tree, name: str | None) -> None:
     driver = tree.get("driver")
     if isinstance(driver, str):
         cls = _driver_class(driver)
-        if cls.is_protocol:
+        if cls.is_protocol or cls.names_images:
             if name is not None:
                 for key, value in cls.parse_filename(name).items():
                     tree.setdefault(key, value)
             if "filename" in cls.Options.__struct_fields__ and not tree.get("filename"):
                 raise Error(f"The '{driver}' block driver requires a file name", errno.EINVAL)
+            if cls.names_images:
+                _complete_image(tree)
             return
     elif name is None and "file" not in tree:
         raise Error("Must specify either driver or file", errno.EINVAL)
@@ -194,6 +196,17 @@ def _complete(tree: _Tree, name: str | None) -> None:
     for child in tree.values():
         if isinstance(child, dict) and ("driver" in child or child is tree["file"]):
             _complete_child(child)
+
+
+def _complete_image(tree: _Tree) -> None:
+    """The child ``image`` of a driver that takes its name from that of an image."""
+    image = tree.get("image")
+    if image is None:
+        raise Error('A block device must be specified for "image"', errno.EINVAL)
+    if isinstance(image, dict) and image.keys() == {"filename"} and isinstance(image["filename"], str):
+        tree["image"] = _protocol(image["filename"])
+    elif isinstance(image, dict):
+        _complete_child(image)
 
 
 def _complete_child(tree: _Tree) -> None:
@@ -215,7 +228,7 @@ def _protocol(name: str) -> _Tree:
     for driver in (prefix, prefix.partition("+")[0]):
         if registry.is_driver(driver):
             cls = registry.driver_class(driver)
-            if cls.is_protocol:
+            if cls.is_protocol or cls.names_images:
                 tree: _Tree = {"driver": driver, **cls.parse_filename(name)}
                 _complete(tree, None)
                 return tree
@@ -259,7 +272,7 @@ def _check_members(tree: _Tree) -> None:
 
 
 def _unknown(cls: type[Driver], option: str) -> Error:
-    if cls.is_protocol:
+    if cls.is_protocol or cls.names_images:
         return Error(f"Block protocol '{cls.name}' doesn't support the option '{option}'", errno.EINVAL)
     return Error(f"Block format '{cls.name}' does not support the option '{option}'", errno.EINVAL)
 

@@ -92,9 +92,12 @@ def nodes_in_order(graph: Graph) -> list[Node]:
         if node.name in found:
             return
         file = node.driver.file
-        if file is not None and not node.driver.is_protocol and not file.node.monitor_owned:
+        if file is not None and file.name == "file" and not file.node.monitor_owned:
             visit(file.node)
         found[node.name] = node
+        for child in node.children:
+            if not child.node.monitor_owned:
+                visit(child.node)
 
     for node in graph.nodes.values():
         # Not those that a job is only just opening.

@@ -21,6 +21,7 @@ from pyqsd.block.node import Node
 from pyqsd.block.options import BlockdevOptions
 from pyqsd.block.replace import Change
 from pyqsd.qapi.errors import Error
+from pyqsd.qapi.json_writer import to_wire
 from pyqsd.qapi.types import NULL
 
 #: What `Node` itself deals with.
@@ -234,7 +235,27 @@ def _check_same(node: Node, options: BlockdevOptions) -> None:
         if before != after:
             if after is None:
                 raise Error(f"Option '{_wire(old, name)}' cannot be reset to its default value")
-            raise Error(f"Cannot change the option '{_wire(old, name)}'")
+            raise Error(
+                f"Cannot change the option '{_first_change(_wire(old, name), to_wire(before), to_wire(after))}'"
+            )
+
+
+def _first_change(path: str, before: Any, after: Any) -> str:
+    """The first member of an option, with its path, that differs."""
+    if isinstance(after, dict):
+        inner = after.items()
+    elif isinstance(after, list):
+        inner = {str(index): value for index, value in enumerate(after)}.items()
+    else:
+        return path
+    for key, value in inner:
+        if isinstance(before, list):
+            old = before[int(key)] if int(key) < len(before) else None
+        else:
+            old = before.get(key) if isinstance(before, dict) else None
+        if value != old:
+            return _first_change(f"{path}.{key}", old, value)
+    return path
 
 
 def _child_references(node: Node, options: BlockdevOptions) -> dict[str, Any]:

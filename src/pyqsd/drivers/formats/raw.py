@@ -144,7 +144,10 @@ class Raw(Driver):
         await self._below.preadv(offset + self._offset, length, iov)
 
     async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
-        await self._below.pwritev(self._place(offset, length), length, iov, flags)
+        below, at = self._below, self._place(offset, length)
+        if below.debug_event is not None:
+            below.debug_event("write_aio")
+        await below.pwritev(at, length, iov, flags)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self._below.pwrite_zeroes(self._place(offset, length), length, flags)
