@@ -312,8 +312,8 @@ class Node:
                 iovs.fill_zero(part)
             elif flags & OFFSET_VALID:
                 assert node is not None
-                if node.debug_event is not None and not driver.is_filter:
-                    node.debug_event("read_aio")
+                if driver.file is not None and driver.file.node.debug_event is not None and not driver.is_filter:
+                    driver.file.node.debug_event("read_aio")
                 await node.preadv(at, n, part)
             elif driver.backing is None or offset + done >= driver.backing.node.length:
                 iovs.fill_zero(part)

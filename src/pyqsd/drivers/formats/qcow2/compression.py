@@ -96,6 +96,7 @@ class Unpacked:
             return plain
         image = self._image
         offset, length = location(entry, image.cluster_bits)
+        image.event("read_compressed")
         data = await image.file.pread(offset, length)
         kind, size = image.header.compression_type, image.cluster_size
         if size >= _WORKER_FROM:

@@ -92,6 +92,11 @@ class Image:
         self.kept_length = max(self.kept_length, file.length)
         self._can_reserve = True
 
+    def event(self, name: str) -> None:
+        """Something that QEMU has a ``BlkdebugEvent`` for is about to happen; a ``blkdebug`` below may want to know."""
+        if self.file.debug_event is not None:
+            self.file.debug_event(name)
+
     @property
     def backing(self) -> Node | None:
         """The backing file, whichever it is now."""

@@ -203,6 +203,7 @@ class Refcounts:
     async def read_table(self) -> None:
         """Read the table. Raises OSError."""
         header = self.image.header
+        self.image.event("reftable_load")
         data = await self.image.file.pread(header.reftable_offset, header.reftable_clusters << header.cluster_bits)
         self.table = array("Q", bytes(data))
         self.table.byteswap()
@@ -234,6 +235,7 @@ class Refcounts:
         try:
             if evict:
                 await self.make_room()
+            image.event("refblock_load")
             data = await image.file.pread(offset, image.cluster_size)
             block = Block(offset, new_counts(self.order, self.block_entries, data))
             self.blocks[index] = block
@@ -346,6 +348,7 @@ class Refcounts:
 
     async def allocate(self, count: int, contiguous: bool = False, floor: int = 0, what: str = "") -> tuple[int, int]:
         """`allocate_now`, loading blocks as needed."""
+        self.image.event("cluster_alloc")
         while True:
             try:
                 first, got = self.allocate_now(count, contiguous, floor, what)
@@ -378,10 +381,12 @@ class Refcounts:
             while self._unreserved:
                 block = self._unreserved[-1]
                 if block in self._dirty:
+                    image.event("refblock_alloc_write_blocks")
                     await self._write_block(block)
                 self._unreserved.remove(block)
             if self._unreserved_table and self._moving is not None:
                 offset, clusters = self._moving
+                image.event("reftable_grow")
                 await image.file.pwrite(offset, bytes(clusters << image.header.cluster_bits))
             self._unreserved_table = False
 
@@ -602,6 +607,7 @@ class Refcounts:
             moving = self._moving
             try:
                 for block in sorted(self._dirty, key=lambda b: b.offset):
+                    image.event("refblock_update_part")
                     await self._write_block(block)
                 if entries or moving:
                     await image.file.flush()
@@ -648,6 +654,7 @@ class Refcounts:
                 if start <= later < start + len(piece):
                     piece[later - start] = 0
             piece.byteswap()
+            image.event("refblock_alloc_hookup")
             await image.file.pwrite(image.header.reftable_offset + start * 8, piece.tobytes())
 
     async def _move_table(self, moving: tuple[int, int]) -> None:
@@ -659,10 +666,12 @@ class Refcounts:
             if later < len(table):
                 table[later] = 0
         table.byteswap()
+        image.event("refblock_alloc_write_table")
         await image.file.pwrite(offset, table.tobytes())
         await image.file.flush()
         async with image.header_lock:
             at, data = headers.reftable_fields(offset, clusters)
+            image.event("refblock_alloc_switch_table")
             await image.file.pwrite(at, data)
             old = (header.reftable_offset, header.reftable_clusters)
             header.reftable_offset, header.reftable_clusters = offset, clusters

@@ -78,6 +78,7 @@ async def _grow_l1(image: Image, entries: int) -> None:
     wanted = min(max(entries, header.l1_size * 3 // 2, 1), headers.MAX_L1_BYTES // 8)
     clusters = (wanted * 8 + image.cluster_mask) >> bits
     # The counts of the new clusters are on disk before the header refers to them.
+    image.event("l1_grow_alloc_table")
     first, _ = await image.refcounts.allocate(clusters, contiguous=True)
     await image.writeback.run(refcounts=True)
     table = array("Q", l2.l1)
@@ -85,11 +86,13 @@ async def _grow_l1(image: Image, entries: int) -> None:
     data = array("Q", table)
     data.byteswap()
     whole = data.tobytes()
+    image.event("l1_grow_write_table")
     await image.file.pwrite(first << bits, whole + bytes((clusters << bits) - len(whole)))
     await image.file.flush()
     old, old_clusters = header.l1_offset >> bits, (header.l1_size * 8 + image.cluster_mask) >> bits
     async with image.header_lock:
         at, fields = headers.l1_fields(wanted, first << bits)
+        image.event("l1_grow_activate_table")
         await image.file.pwrite(at, fields)
         await image.file.flush()
         header.l1_offset, header.l1_size = first << bits, wanted
@@ -215,6 +218,7 @@ async def _shrink(image: Image, unmapper: Unmapper, old: int, length: int) -> No
             l2.l1_dirty.add(index)
             image.meta.remove("active_l2", offset >> bits)
             image.free_later(offset >> bits, 1, "other")
+        image.event("l1_shrink_write_table")
         await image.writeback.run(refcounts=True)
     except OSError as exc:
         raise _prefixed("Failed to reduce the number of L2 tables", exc) from exc

@@ -137,6 +137,7 @@ class L2Tables:
                 if key >> self.key_bits in self.unwritten:
                     entries = array("Q", bytes(self.slice_bytes))
                 else:
+                    self.image.event("l2_load")
                     data = await self.image.file.pread(self.slice_offset(key), self.slice_bytes)
                     entries = array("Q", bytes(data))
                     entries.byteswap()
@@ -246,6 +247,7 @@ class L2Tables:
         if not old:
             try:
                 # So that a full disk is noticed now, by the request that needs the table, and not by a flush later.
+                image.event("l2_alloc_write")
                 await image.file.pwrite(cluster << image.header.cluster_bits, bytes(image.cluster_size))
             except BaseException:
                 image.refcounts.release(cluster, 1)
@@ -253,6 +255,7 @@ class L2Tables:
             self._attach(l1_index, cluster)
             return
         # The new table is the old one with every slice in memory, so that all of it is written.
+        image.event("l2_alloc_cow_read")
         first = l1_index << self.key_bits
         loaded: list[Slice] = []
         try:

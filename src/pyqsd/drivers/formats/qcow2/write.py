@@ -150,6 +150,8 @@ class Writer:
     def _allocate(self, count: int) -> tuple[int, int] | MissingBlock:
         """Up to `count` new clusters: (host offset, how many), or the refcount block that must be loaded first."""
         image = self.image
+        if image.file.debug_event is not None:
+            image.event("cluster_alloc")
         try:
             cluster, got = image.refcounts.allocate_now(count)
         except MissingBlock as missing:
@@ -199,6 +201,7 @@ class Writer:
         data = image.data
         if data.write_now(host, length, iov):
             return
+        image.event("write_aio")
         request = InFlight(first, first + count - 1, False)
         self.in_flight.append(request)
         try:
@@ -310,6 +313,7 @@ class Writer:
                     before = await self._old_content(found, at, start, head)
                 if tail and self._has_content(found, last, offset + length, tail):
                     after = await self._old_content(found, last, offset + length, tail)
+            image.event("cow_write")
             if not fresh:
                 zeroes = (head if before is None else 0) + (tail if after is None else 0)
                 if zeroes >= _ZERO_CALL_FROM and self._zero_calls:
@@ -323,6 +327,8 @@ class Writer:
                 length += tail
         if host + head + length > image.data.length:
             await image.reserve(host + head + length)
+        if image.file.debug_event is not None:
+            image.event("write_aio")
         await self._store(host + head, start + head, length, iov, BACKGROUND if length >= _BACKGROUND_FROM else 0)
 
     async def _store(self, host: int, guest: int, length: int, iov: list[memoryview], flags: int) -> None:
@@ -338,6 +344,7 @@ class Writer:
             await data.preadv(host, len(view), iov)
 
     async def _zero_by_call(self, host: int, length: int) -> bool:
+        self.image.event("cluster_alloc_space")
         try:
             await self.image.data.pwrite_zeroes(host, length, NO_FALLBACK)
         except OSError as exc:
@@ -369,6 +376,7 @@ class Writer:
             return memoryview(plain)[within : within + length]
         data = memoryview(bytearray(length))
         if entry & OFFSET_MASK:
+            image.event("cow_read")
             await self._fetch((entry & OFFSET_MASK) + within, offset, data)
         else:
             await self._read_backing(offset, data)
@@ -380,6 +388,7 @@ class Writer:
         assert backing is not None
         # What is beyond the end of this disk must stay zero, should it grow one day.
         n = min(len(data), max(0, self.image.node.length - offset))
+        self.image.event("cow_read")
         iov = [data[:n]]
         if n and not backing.read_now(offset, n, iov):
             await backing.preadv(offset, n, iov)

@@ -81,6 +81,7 @@ class WriteBack:
                 await self._flush()
             while tables:
                 index, offset, data, held = tables[-1]
+                image.event("l2_update")
                 await image.file.pwrite(offset, data)
                 l2.unwritten.discard(index)
                 for found in held:
@@ -88,6 +89,7 @@ class WriteBack:
                 tables.pop()
             while pieces:
                 found, lo, hi, offset, data = pieces[-1]
+                image.event("l2_update")
                 await image.file.pwrite(offset, data)
                 found.busy = False
                 pieces.pop()
@@ -178,6 +180,7 @@ class WriteBack:
                 end += 1
             data = array("Q", [l1[index] for index in indices[at:end]])
             data.byteswap()
+            image.event("l1_update")
             await image.file.pwrite(image.header.l1_offset + indices[at] * 8, data.tobytes())
             at = end
 
@@ -191,6 +194,7 @@ class WriteBack:
             "never": False,
         }
         for position, (first, count, kind) in enumerate(frees):
+            image.event("cluster_free")
             try:
                 # The space goes back before the count goes down: a cluster that is free may be written to at once.
                 if wanted[kind]:
