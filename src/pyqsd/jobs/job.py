@@ -339,6 +339,8 @@ class Job:
     def pause(self) -> None:
         """Stand still at the next pause point, until `resume` (a drain of the nodes that the job uses)."""
         self.pause_count += 1
+        # It may be asleep.
+        self._changed.set()
 
     def resume(self) -> None:
         """The opposite of `pause`."""
