@@ -158,3 +158,60 @@ def test_data_file(preallocation: str, raw: bool, extended: bool, tmp_path: Path
     assert data[0].st_size == data[1].st_size == 10 * MiB
     assert (data[1].st_blocks >= 10 * MiB // 512) == (preallocation in ("falloc", "full"))
     sound(ours)
+
+
+LUKS = {"format": "luks", "key-secret": "s", "iter-time": 10}
+SECRET = "secret,id=s,data=abc"
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"version": "v2", "backing_file": "base", "backing_fmt": "raw"},
+        {"cluster_size": 512},
+        {"cluster_size": 4096, "preallocation": "metadata"},
+        {"preallocation": "falloc"},
+        {"encrypt": {"format": "qcow", "key-secret": "s"}},
+    ],
+    ids=str,
+)
+def test_encrypted(how: dict[str, Any], tmp_path: Path) -> None:
+    """The same header and tables as qemu-img makes (keys are random), and each reads what the other wrote."""
+    theirs, ours = tmp_path / "theirs.qcow2", tmp_path / "ours.qcow2"
+    encrypt = how.get("encrypt", LUKS)
+    kind = {"qcow": "aes"}.get(encrypt["format"], encrypt["format"])
+    spelled = [f"encrypt.{name}={kind if name == 'format' else value}" for name, value in encrypt.items()]
+    plain = {name: value for name, value in how.items() if name not in ("encrypt", "version")}
+    spelled += [f"{name}={value}" for name, value in plain.items()]
+    spelled += ["compat=0.10"] if how.get("version") == "v2" else []
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "--object", SECRET, "-o", ",".join(spelled), str(theirs), "10M")
+    target = {"driver": "qcow2", "backing": None, "file": {"driver": "file", "filename": str(ours)}}
+    opened = json.dumps({**target, "encrypt": {"format": kind, "key-secret": "s"}})
+
+    async def ourselves(commands: Commands) -> None:
+        await commands("object-add", qom_type="secret", id="s", data="abc")
+        ours.touch()
+        await make(commands, driver="qcow2", size=10 * MiB, file=target["file"], encrypt=encrypt, **plain, **version)
+
+    version = {"version": how["version"]} if "version" in how else {}
+    run(ourselves)
+    assert ours.stat().st_size == theirs.stat().st_size
+    cluster = how.get("cluster_size", 65536)
+    assert ours.read_bytes()[: 3 * cluster] == theirs.read_bytes()[: 3 * cluster]
+    io = ["qemu-io", "--object", SECRET, f"json:{opened}"]
+    if kind == "luks":
+        # Written by the one, read by the other.
+        command = ["-c", "write -P 7 1M 64k", "-c", "read -P 7 1M 64k"]
+        subprocess.run([*io[:3], *command, io[3]], check=True, capture_output=True)
+        assert "No errors" in qemu_img("check", "--object", SECRET, f"json:{opened}")
+
+    async def read_back(commands: Commands) -> None:
+        await commands("object-add", qom_type="secret", id="s", data="abc")
+        await commands.daemon.qmp("blockdev-add", {**json.loads(opened), "node-name": "n"})
+        node = commands.graph.find("n")
+        if kind == "luks":
+            assert await node.pread(MiB, 65536) == bytes([7]) * 65536
+        assert node.length == 10 * MiB
+
+    run(read_back)

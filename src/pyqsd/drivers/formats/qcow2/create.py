@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from pyqsd.block.graph import Graph
     from pyqsd.block.node import Node
-    from pyqsd.drivers.formats.qcow2.create_options import CreateOptions
+    from pyqsd.drivers.formats.qcow2.create_options import CreateOptions, QCryptoBlockCreateOptions
 
 _SECTOR = 512
 #: The largest size of a disk (bytes), as everywhere.
@@ -188,6 +188,8 @@ def _header_bytes(header: headers.Header, layout: Layout) -> bytes:
     bits = layout.cluster_bits
     header.l1_size, header.l1_offset = layout.l1_entries, layout.l1 << bits
     header.reftable_offset, header.reftable_clusters = layout.table << bits, layout.table_clusters
+    if layout.luks_bytes:
+        header.extensions.append(headers.encryption_extension(layout.luks << bits, layout.luks_bytes))
     return headers.encode(header).ljust(1 << bits, b"\0")
 
 
@@ -230,15 +232,39 @@ async def create(graph: Graph, options: CreateOptions) -> None:
                 preallocation = "metadata"
         set_compression(header, headers.COMPRESSION_ZSTD if options.compression_type == "zstd" else 0)
         target = _use(stack, graph, file)
-        if options.encrypt is not None:
-            raise Error("Encrypted qcow2 images cannot be created", errno.ENOTSUP)
         layout = _layout_of(header)
+        luks_region = b""
+        if options.encrypt is not None:
+            luks_region = await _set_up_encryption(graph, header, options.encrypt)
+            layout.luks_bytes = len(luks_region)
         data = None if data_file is None else _use(stack, graph, data_file)
         for backend in (target, data):
             # As the image has it when it is opened: nobody else writes, and data and tables are not in one file.
             if backend is not None:
                 backend.set_perms(perms.WRITE | perms.RESIZE, perms.CONSISTENT_READ | perms.WRITE_UNCHANGED)
-        await _Creation(target, data, header, layout, preallocation).run()
+        await _Creation(target, data, header, layout, preallocation, luks_region).run()
+
+
+async def _set_up_encryption(graph: Graph, header: headers.Header, how: QCryptoBlockCreateOptions) -> bytes:
+    """Note in `header` that the image is encrypted. Returns the LUKS header with its key material, if it has one (where
+    that goes is not known yet). Raises Error."""
+    from pyqsd.drivers.formats.qcow2.create_options import QCryptoBlockCreateOptionsLUKS, QCryptoBlockOptionsQCow
+
+    assert isinstance(how, (QCryptoBlockCreateOptionsLUKS, QCryptoBlockOptionsQCow))
+    if how.key_secret is None:
+        raise Error("Parameter 'encrypt.key-secret' is required for cipher", errno.EINVAL)
+    passphrase = graph.secret_text(how.key_secret).encode()
+    if isinstance(how, QCryptoBlockOptionsQCow):
+        header.crypt_method = headers.CRYPT_AES
+        return b""
+    from pyqsd.crypto import luks
+    from pyqsd.crypto.options import LuksCreateOptions
+
+    members = {name: getattr(how, name) for name in LuksCreateOptions.__struct_fields__}
+    volume, region = await luks.create(LuksCreateOptions(**members), passphrase)
+    volume.close()
+    header.crypt_method = headers.CRYPT_LUKS
+    return region
 
 
 def _use(stack: AsyncExitStack, graph: Graph, node: Node) -> BlockBackend:
@@ -258,7 +284,9 @@ class _Creation:
         header: headers.Header,
         layout: Layout,
         preallocation: str,
+        luks_region: bytes,
     ) -> None:
+        self._luks_region = luks_region
         self._target = target
         self._data = data
         self._header = header
@@ -274,6 +302,7 @@ class _Creation:
             await asyncio.to_thread(plan, *arguments)
         else:
             plan(*arguments)
+        first_cluster = _header_bytes(self._header, layout)
         # First the old header goes, and with it all that could show through in the new image: from here on to the last
         # step, what is in the file is no image at all, rather than a mixture of two.
         begin = min(old, layout.end << layout.cluster_bits)
@@ -284,11 +313,12 @@ class _Creation:
         await self._write(self._layout.table_pieces(), "Could not write refcount table")
         if layout.l2:
             await self._write(self._layout.l2_pieces(), "Could not resize image: Allocating clusters failed")
+        if layout.luks_bytes:
+            area = self._luks_region.ljust(layout.luks_clusters << layout.cluster_bits, b"\0")
+            await self._write(iter([(layout.luks << layout.cluster_bits, area)]), "Could not write encryption header")
         await self._named("Could not write qcow2 header", target.flush())
         # The header refers to what is on disk now.
-        await self._named(
-            "Could not write qcow2 header", target.pwrite(0, _header_bytes(self._header, layout).rstrip(b"\0") or b"")
-        )
+        await self._named("Could not write qcow2 header", target.pwrite(0, first_cluster))
         await target.flush()
         start = bytes(await target.node.pread(0, headers.V2_HEADER_BYTES))
         if headers.probe(start) == 0:

@@ -36,6 +36,9 @@ class Layout:
     cluster_bits: int
     order: int
     extended: bool
+    #: Bytes of the LUKS header (0: none) and its first cluster.
+    luks_bytes: int = 0
+    luks: int = 0
     #: First cluster, and number, of the refcount table.
     table: int = 1
     table_clusters: int = 1
@@ -78,6 +81,10 @@ class Layout:
     @property
     def l1_clusters(self) -> int:
         return (self.l1_entries * 8 + self.cluster_size - 1) >> self.cluster_bits
+
+    @property
+    def luks_clusters(self) -> int:
+        return (self.luks_bytes + self.cluster_size - 1) >> self.cluster_bits
 
     @property
     def file_bytes(self) -> int:
@@ -212,9 +219,11 @@ def plan(layout: Layout, preallocation: str, with_data_file: bool, file_bytes: i
         with_data_file: the data goes to another file.
         file_bytes: the present length of the file.
     """
+    table_clusters = 1
     while True:
         pool = _Allocator(layout)
-        pool.at = 1 + layout.table_clusters
+        layout.table, layout.table_clusters = 1, table_clusters
+        pool.at = 1 + table_clusters
         pool.blocks.append(pool.at)
         pool.at += 1
         pool.cover(0, pool.at)
@@ -231,11 +240,12 @@ def plan(layout: Layout, preallocation: str, with_data_file: bool, file_bytes: i
             _take_alternating(layout, pool)
         else:
             _take_area(layout, pool, file_bytes)
-            break
+        if layout.luks_bytes:
+            layout.luks = pool.take(layout.luks_clusters)
         needed = (len(pool.blocks) * 8 + layout.cluster_size - 1) >> layout.cluster_bits
         if needed <= layout.table_clusters:
             break
-        layout.table_clusters = needed
+        table_clusters = needed
     layout.blocks = pool.blocks
     layout.end = pool.at
 
@@ -264,7 +274,7 @@ def _take_area(layout: Layout, pool: _Allocator, file_bytes: int) -> None:
     have = len(pool.blocks)
     total_blocks, table_clusters = have, 1
     while True:
-        end = start + (total_blocks - have) + table_clusters + data + tables
+        end = start + (total_blocks - have) + table_clusters + data + tables + layout.luks_clusters
         wanted = -(-end // layout.per_block)
         wanted_clusters = (wanted * 8 + layout.cluster_size - 1) >> layout.cluster_bits
         if wanted <= total_blocks and wanted_clusters <= table_clusters:
