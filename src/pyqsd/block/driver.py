@@ -196,6 +196,10 @@ class Driver:
         Error, OSError."""
         raise OSError(errno.ENOTSUP, "no backing file")
 
+    async def reopen_complete(self) -> None:
+        """All nodes have been switched over, and their parents may use them from now on: what must be done before that,
+        and needs the new state of the children. Cannot fail."""
+
     def refresh_limits(self, limits: Limits) -> None:
         """Fill in what differs from "no limits"; called after open, resize and reopen, and when a child's changed."""
 

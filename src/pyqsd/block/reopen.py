@@ -121,6 +121,7 @@ async def _reopen_nodes(graph: Graph, wanted: list[tuple[Node, BlockdevOptions]]
         change.commit()
         for item in reversed(queue):
             item.node.refresh_limits()
+            await item.node.driver.reopen_complete()
         for child in change.removed:
             await graph.unref(child.node)
 

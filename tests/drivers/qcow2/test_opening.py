@@ -240,25 +240,6 @@ def test_unknown_features_are_kept(tmp_path: Path) -> None:
     images.assert_clean(path)
 
 
-def test_bitmaps_become_inconsistent_with_the_first_write(tmp_path: Path) -> None:
-    path = images.create(tmp_path / "disk", MiB)
-    images.peers.run("qemu-img", "bitmap", "--add", path, "one")
-
-    async def main(write: bool) -> None:
-        async with opened(path) as node:
-            await node.pread(0, 512)
-            if write:
-                await node.pwrite(0, b"x")
-
-    run(main(False))
-    assert images.info(path)["format-specific"]["data"]["bitmaps"][0]["name"] == "one"
-    run(main(True))
-    assert "bitmaps" not in images.info(path)["format-specific"]["data"]
-
-
-# --- made images ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "how",
     [

@@ -90,7 +90,7 @@ def decode_directory(data: bytes | bytearray, count: int, cluster_size: int, dis
             raise Error("Bitmap extra data is not supported", errno.EINVAL)
         name = headers.os_decode(bytes(data[at + _ENTRY.size : at + size]))
         one = StoredBitmap(name, granularity_bits, offset, entries, flags)
-        if kind != _TYPE_DIRTY or not 1 <= name_size <= MAX_NAME_BYTES or not _plausible(one, cluster_size, disk_size):
+        if kind != _TYPE_DIRTY or name_size > MAX_NAME_BYTES or not _plausible(one, cluster_size, disk_size):
             raise Error(f"Bitmap '{headers.shown(name)}' doesn't satisfy the constraints", errno.EINVAL)
         found.append(one)
         at += padded

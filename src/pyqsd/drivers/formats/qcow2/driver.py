@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import sys
 from array import array
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from pyqsd.block.child import Child
+    from pyqsd.block.dirty_bitmap import DirtyBitmap
     from pyqsd.block.graph import Graph
     from pyqsd.block.image_check import CheckResult
     from pyqsd.block.info import SnapshotInfo
     from pyqsd.block.node import Node
-    from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
     from pyqsd.drivers.formats.qcow2.create_options import CreateOptions
     from pyqsd.drivers.formats.qcow2.encryption import Access, Encryption
     from pyqsd.drivers.formats.qcow2.image import Image
@@ -78,7 +79,6 @@ class Qcow2(Driver):
 
     def __init__(self, node: Node, options: Any) -> None:
         super().__init__(node, options)
-        self._bitmaps: list[StoredBitmap] = []
         #: Whether writes may go on without another look at the header.
         self._ready = False
         self._repaired = False
@@ -135,13 +135,17 @@ class Qcow2(Driver):
                 self._encryption = await opening.open_encryption(image, self.options)
             else:
                 await self._encryption.reload(image)
-        self._bitmaps = await opening.read_bitmaps(image)
+        image.bitmaps = await opening.read_bitmaps(image)
         self._adopt(image)
         self._ready = self._repaired = False
         self._preallocated = None
         if not node.read_only and node.active:
             await self._repair()
             self._repaired = True
+        if image.bitmaps and self.options.x_snapshot is None:
+            from pyqsd.drivers.formats.qcow2 import bitmaps
+
+            await bitmaps.load(image, node)
 
     async def _show_snapshot(self, image: Image, wanted: str) -> None:
         from pyqsd.drivers.formats.qcow2 import snapshot_ops
@@ -232,6 +236,7 @@ class Qcow2(Driver):
     async def close(self) -> None:
         self._stop_cleaning()
         try:
+            await self._store_bitmaps_or_say_so()
             await self._complete()
         finally:
             await self.image.tasks_done()
@@ -239,8 +244,14 @@ class Qcow2(Driver):
             self._forget_key()
 
     async def inactivate(self) -> None:
+        node = self.node
+        # Others may use the image afterwards. Bitmaps are loaded again when the node becomes active.
+        going = [bitmap for bitmap in node.dirty_bitmaps.values() if bitmap.persistent and not node.read_only]
+        await self._store_bitmaps_or_say_so()
         await self._complete()
         await self.image.tasks_done()
+        for bitmap in going:
+            node.dirty_bitmaps.pop(bitmap.name, None)
 
     async def activate(self) -> None:
         old = self.image
@@ -327,6 +338,10 @@ class Qcow2(Driver):
         from pyqsd.drivers.formats.qcow2 import resize
 
         self.image.check_usable()
+        if self.image.bitmaps:
+            from pyqsd.drivers.formats.qcow2 import bitmaps
+
+            bitmaps.check_resize(self.image, self.node)
         if not self._ready:
             await self._prepare_write()
         self._last_key = -1
@@ -618,10 +633,56 @@ class Qcow2(Driver):
         return self.file.node.driver.exact_filename()
 
     def format_specific(self) -> info.ImageInfoSpecificQCow2Wrapper:
-        return info.specific(self.image, self._bitmaps, self._encryption)
+        return info.specific(self.image, self._encryption)
 
     def image_info(self) -> dict[str, Any]:
         return info.image_info(self.image)
+
+    # --- bitmaps in the image -----------------------------------------------------------------------------------------
+
+    async def check_new_bitmap(self, name: str, granularity: int) -> None:
+        from pyqsd.drivers.formats.qcow2 import bitmaps
+
+        bitmaps.check_new(self.image, self.node, name, granularity)
+
+    async def remove_bitmap(self, name: str) -> None:
+        from pyqsd.drivers.formats.qcow2 import bitmaps
+
+        image = self.image
+        if not image.bitmaps:
+            return
+        if not self._ready:
+            await self._prepare_write()
+        async with image.operation_lock:
+            await image.uncancelled(bitmaps.remove(image, name))
+
+    async def _store_bitmaps(self) -> list[DirtyBitmap]:
+        """Bring persistent bitmaps into the image. Raises OSError, Error."""
+        image, node = self.image, self.node
+        if not node.dirty_bitmaps or node.read_only or not node.active or image.broken:
+            return []
+        from pyqsd.drivers.formats.qcow2 import bitmaps
+
+        if not bitmaps.storable(node):
+            return []
+
+        async def store() -> None:
+            stored.extend(await bitmaps.store(image, node))
+
+        stored: list[DirtyBitmap] = []
+        if not self._ready:
+            await self._prepare_write()
+        async with image.operation_lock:
+            await image.uncancelled(store())
+        return stored
+
+    async def _store_bitmaps_or_say_so(self) -> None:
+        try:
+            await self._store_bitmaps()
+        except (OSError, Error) as exc:
+            text = exc.strerror if isinstance(exc, OSError) else exc.desc
+            name = self.node.name
+            print(f"Lost persistent bitmaps during inactivation of node '{name}': {text}", file=sys.stderr)
 
     # --- snapshots ------------------------------------------------------------------------------------------------
 
@@ -683,7 +744,10 @@ class Qcow2(Driver):
             raise Error("'x-snapshot' can only be used with read-only=on", errno.EACCES)
         opening.check_encryption(image.header, options, self.options)
         new = make_settings(options, image.header, self.node.discard_unmap, self.length())
+        stored: list[DirtyBitmap] = []
         if not self.node.read_only:
+            if read_only:
+                stored = await self._store_bitmaps()
             # Everything goes to disk, so that the caches can be made anew, or the node can become read-only.
             try:
                 await self._complete()
@@ -691,10 +755,10 @@ class Qcow2(Driver):
                 await image.file.flush()
             except OSError as exc:
                 raise Error("Failed to flush the L2 table cache", exc.errno or errno.EIO) from exc
-        return (options, await opening.metadata_map(image, new.overlap), read_only)
+        return (options, await opening.metadata_map(image, new.overlap), read_only, stored)
 
     def reopen_commit(self, state: Any) -> None:
-        options, meta, read_only = state
+        options, meta, read_only, _ = state
         image = self.image
         old = image.settings
         new = image.settings = make_settings(options, image.header, self.node.discard_unmap, self.length())
@@ -709,5 +773,35 @@ class Qcow2(Driver):
         self._slice_mask = l2.slice_entries - 1
         if read_only:
             self._ready = False
+            self._bitmaps_readonly(True)
         self._stop_cleaning()
         self._start_cleaning()
+
+    async def reopen_abort(self, state: Any) -> None:
+        if state[3]:
+            # They go on being used.
+            await self._use_bitmaps()
+
+    async def reopen_complete(self) -> None:
+        if not self.node.read_only and self.node.active:
+            await self._use_bitmaps()
+
+    async def _use_bitmaps(self) -> None:
+        """The bitmaps in the image may change from now on, unless that cannot be said on disk."""
+        if not self.image.bitmaps or self.options.x_snapshot is not None:
+            return
+        from pyqsd.drivers.formats.qcow2 import bitmaps
+
+        try:
+            await bitmaps.mark_in_use(self.image)
+            readonly = False
+        except Error as exc:
+            print(f"Failed to make dirty bitmaps writable: {exc.desc}", file=sys.stderr)
+            readonly = True
+        self._bitmaps_readonly(readonly)
+
+    def _bitmaps_readonly(self, readonly: bool) -> None:
+        for one in self.image.bitmaps:
+            bitmap = self.node.dirty_bitmaps.get(headers.shown(one.name))
+            if bitmap is not None and bitmap.persistent:
+                bitmap.readonly = readonly

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine
 
     from pyqsd.block.node import Node
+    from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
     from pyqsd.drivers.formats.qcow2.header import Header
     from pyqsd.drivers.formats.qcow2.options import Settings
     from pyqsd.drivers.formats.qcow2.refcounts import Refcounts
@@ -56,6 +57,8 @@ class Image:
         self.unit_size = 1 << self.unit_bits
         self.meta = MetadataMap(settings.overlap)
         self.snapshots: list[Snapshot] = []
+        #: The bitmap directory, as it is on disk.
+        self.bitmaps: list[StoredBitmap] = []
         #: Written since the last flush of `file`: something that must be durable before L2 entries that rely on it.
         self.barrier = False
         #: References to clusters that were dropped in memory: (first cluster, count, kind of discard).
@@ -248,8 +251,10 @@ class Image:
     async def clear_autoclear(self) -> None:
         """Before the first write: what this program does not keep up to date must not look consistent afterwards."""
         header = self.header
-        if header.autoclear:
-            await self.set_features(header.incompatible, header.compatible, 0)
+        # The bitmaps are kept up to date, if they are right.
+        kept = header.autoclear & headers.AUTOCLEAR_BITMAPS if header.bitmaps is not None else 0
+        if header.autoclear != kept:
+            await self.set_features(header.incompatible, header.compatible, kept)
 
     async def mark_dirty(self) -> None:
         """Before the first write with lazy refcounts: the counts on disk are not right from now on. Raises OSError."""

@@ -90,7 +90,7 @@ def bitmap_infos(stored: list[StoredBitmap]) -> list[Qcow2BitmapInfo]:
     return shown
 
 
-def specific(image: Image, bitmaps: list[StoredBitmap], encryption: Encryption | None) -> ImageInfoSpecificQCow2Wrapper:
+def specific(image: Image, encryption: Encryption | None) -> ImageInfoSpecificQCow2Wrapper:
     """``ImageInfo.format-specific``."""
     header = image.header
     encrypt = _encryption(encryption)
@@ -101,7 +101,7 @@ def specific(image: Image, bitmaps: list[StoredBitmap], encryption: Encryption |
         )
     else:
         named = header.extension(headers.EXT_DATA_FILE)
-        shown = bitmaps if header.autoclear & headers.AUTOCLEAR_BITMAPS else []
+        shown = image.bitmaps if header.autoclear & headers.AUTOCLEAR_BITMAPS else []
         data = ImageInfoSpecificQCow2(
             compat="1.1",
             data_file=headers.os_decode(named) if named is not None else None,
