@@ -43,7 +43,6 @@ COMMANDS_NOT_WRITTEN = frozenset(
         "blockdev-mirror",
         "blockdev-snapshot-delete-internal-sync",
         "blockdev-snapshot-internal-sync",
-        "blockdev-snapshot-sync",
         "drive-backup",
         "drive-mirror",
         "query-block-jobs",

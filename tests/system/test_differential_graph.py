@@ -35,6 +35,10 @@ def snap(node: str, overlay: str) -> dict[str, Any]:
     return cmd("blockdev-snapshot", node=node, overlay=overlay)
 
 
+def sync(**arguments: Any) -> dict[str, Any]:
+    return cmd("blockdev-snapshot-sync", **arguments)
+
+
 def change(**arguments: Any) -> dict[str, Any]:
     return cmd("x-blockdev-change", **arguments)
 
@@ -285,6 +289,91 @@ SESSIONS = [
             *SHOW,
         ],
         images=("raw.img", "plain.qcow2", "c4k.qcow2"),
+    ),
+    Session(
+        "snapshot-sync-checks",
+        [
+            sync(),
+            sync(snapshot_file="x.qcow2"),
+            sync(node_name="nosuch", snapshot_file="x.qcow2"),
+            sync(device="nosuch", snapshot_file="x.qcow2"),
+            raw("r"),
+            null("n"),
+            sync(device="r", snapshot_file="x.qcow2"),
+            sync(node_name="r", snapshot_file="x.qcow2"),
+            sync(node_name="r", snapshot_file="x.qcow2", snapshot_node_name="r"),
+            sync(node_name="r", snapshot_file="x.qcow2", snapshot_node_name="1r"),
+            sync(node_name="r", snapshot_file="x.qcow2", snapshot_node_name="s", format="nosuch"),
+            sync(node_name="r", snapshot_file="x.raw", snapshot_node_name="s", format="raw"),
+            sync(node_name="r", snapshot_file="nodir/x.qcow2", snapshot_node_name="s"),
+            sync(node_name="r", snapshot_file="x.qcow2", snapshot_node_name="s", mode="nosuch"),
+            sync(node_name="r", snapshot_file="nosuch.qcow2", snapshot_node_name="s", mode="existing"),
+            sync(node_name="r", snapshot_file="garbage.qcow2", snapshot_node_name="s", mode="existing"),
+            sync(node_name="r", snapshot_file="plain.qcow2", snapshot_node_name="s", mode="existing", format="nosuch"),
+            sync(node_name="r", snapshot_file="plain.qcow2", snapshot_node_name="s", mode="existing", format="raw"),
+            *SHOW,
+            sync(node_name="r", snapshot_file="plain.qcow2", snapshot_node_name="s", mode="existing"),
+            *SHOW,
+            delete("s"),
+            sync(node_name="n", snapshot_file="x4.qcow2", snapshot_node_name="s5"),
+            *SHOW,
+            raw("second", "other.img"),
+            active(False, "second"),
+            sync(node_name="second", snapshot_file="x5.qcow2", snapshot_node_name="s6"),
+            *SHOW,
+        ],
+        images=("raw.img", "other.img", "plain.qcow2", "garbage.qcow2"),
+    ),
+    Session(
+        "snapshot-sync",
+        [
+            raw("r", cache={"direct": True, "no-flush": True}, discard="unmap", detect_zeroes="unmap"),
+            NBD_START,
+            export("e", "r", writable=True),
+            connect("c", "r"),
+            cmd("block-dirty-bitmap-add", node="r", name="bitmap"),
+            sync(node_name="r", snapshot_file="x1.qcow2", snapshot_node_name="s1"),
+            *SHOW,
+            use("c", "write", write(b"1")),
+            sync(node_name="s1", snapshot_file="x2.qcow2", snapshot_node_name="s2", format="qcow2"),
+            *SHOW,
+            use("c", "write", write(b"2", 512)),
+            sync(node_name="s2", snapshot_file="rawback.qcow2", snapshot_node_name="s3", mode="existing"),
+            *SHOW,
+            use("c", "read", read(0, 1024)),
+            sync(
+                node_name="s3",
+                snapshot_file='json:{"driver": "qcow2", "file": {"driver": "file", "filename": "plain.qcow2"}}',
+                snapshot_node_name="s4",
+                mode="existing",
+            ),
+            *SHOW,
+            sync(node_name="s2", snapshot_file="x9.qcow2", snapshot_node_name="s9"),
+            delete("s1"),
+            delete("r"),
+            cmd("query-block-exports"),
+            cmd("block-export-del", id="e", mode="hard"),
+            Event("BLOCK_EXPORT_DELETED"),
+            *SHOW,
+            Do("chain", lambda c: [images.info(c.workdir / f"x{i}.qcow2")["backing-filename"] for i in (1, 2)]),
+            Do("format", lambda c: [images.info(c.workdir / f"x{i}.qcow2")["format-specific"] for i in (1, 2)]),
+        ],
+        images=("raw.img", "plain.qcow2", "rawback.qcow2"),
+    ),
+    Session(
+        "snapshot-sync-read-only",
+        [
+            raw("r", read_only=True),
+            raw("a", "other.img", auto_read_only=True, offset=65536, size=131072),
+            NBD_START,
+            export("e", "r"),
+            export("e2", "a"),
+            sync(node_name="r", snapshot_file="x1.qcow2", snapshot_node_name="s1"),
+            *SHOW,
+            sync(node_name="a", snapshot_file="x2.qcow2", snapshot_node_name="s2"),
+            *SHOW,
+        ],
+        images=("raw.img", "other.img"),
     ),
     Session(
         "set-active",

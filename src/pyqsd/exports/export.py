@@ -270,9 +270,12 @@ class Exports:
             await export.stop()
         except Exception:
             log.exception("export '%s': stopping failed", export.id)
+        node = export.backend.node
         export.backend.remove()
         export.become(State.DELETED)
         del self._exports[export.id]
+        # It may have been the last user of a node that a snapshot has made.
+        await self.graph.unref(node)
         self.events.emit(BlockExportDeleted(id=export.id))
 
     async def remove_all(self, kind: BlockExportType | None = None) -> None:

@@ -9,6 +9,7 @@ MODULES = (
     "pyqsd.block.commands",
     "pyqsd.block.graph_commands",
     "pyqsd.block.snapshot",
+    "pyqsd.block.snapshot_sync",
     "pyqsd.block.bitmap_commands",
     "pyqsd.block.check_commands",
     "pyqsd.block.internal_snapshots",

@@ -36,7 +36,7 @@ def is_valid(entry: int, bitmap: int) -> bool:
 
 
 def map_entry(image: Image, found: Slice, offset: int, length: int) -> Extent | None:
-    """`Driver.map` for a slice in memory: a prefix of the range, within one cluster. None if the entry is invalid."""
+    """`Driver.map` for a slice in memory: a prefix of the range. None if the entry is invalid."""
     index = (offset >> image.cluster_bits) & (image.l2.slice_entries - 1)
     entry, bitmap = found.entries[2 * index], found.entries[2 * index + 1]
     within = offset & image.cluster_mask
@@ -50,7 +50,11 @@ def map_entry(image: Image, found: Slice, offset: int, length: int) -> Extent | 
     following = unit + 1
     while following < 32 and bitmap >> following & 0x1_0000_0001 == kind:
         following += 1
-    n = min(length, (following << image.unit_bits) - within)
+    n = (following << image.unit_bits) - within
+    if n >= length:
+        n = length
+    elif following == 32:
+        n = min(length, n + _same_behind(image, found, index, kind, host, length - n))
     if kind == 1:
         return (n, _STORED, image.data, host + within)
     if not kind:
@@ -58,6 +62,31 @@ def map_entry(image: Image, found: Slice, offset: int, length: int) -> Extent | 
     if host:
         return (n, READS_ZERO | ALLOCATED | OFFSET_VALID, image.data, host + within)
     return (n, READS_ZERO | ALLOCATED, None, 0)
+
+
+def _same_behind(image: Image, found: Slice, index: int, kind: int, host: int, length: int) -> int:
+    """How many bytes behind the cluster `index` of a slice, hardly more than `length`, are of the same kind, and stored
+    one behind the other if they have a place."""
+    entries = found.entries
+    n = 0
+    while n < length and index + 1 < image.l2.slice_entries:
+        index += 1
+        entry, bitmap = entries[2 * index], entries[2 * index + 1]
+        here = entry & OFFSET_MASK
+        if entry & COMPRESSED or here & image.cluster_mask or not is_valid(entry, bitmap):
+            break
+        if kind:
+            if host:
+                host += image.cluster_size
+            if here != host:
+                break
+        units = 0
+        while units < 32 and bitmap >> units & 0x1_0000_0001 == kind:
+            units += 1
+        n += units << image.unit_bits
+        if units < 32:
+            break
+    return n
 
 
 def map_write(image: Image, found: Slice, offset: int, length: int) -> tuple[int, Node, int] | None:
