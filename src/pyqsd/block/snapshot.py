@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 
 from pyqsd.block import action, graph_perms
 from pyqsd.block import permissions as perms
+from pyqsd.block.commands import check_not_backing
 from pyqsd.block.driver import ROLE_COW
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
@@ -82,13 +83,6 @@ class SnapshotAction(action.Action):
 
     async def clean(self) -> None:
         await self._stack.aclose()
-
-
-def check_not_backing(node: Node) -> None:
-    """Nobody has `node` as backing file, who relies on its content. Raises Error."""
-    for edge in node.parents:
-        if edge.role & ROLE_COW and isinstance(edge.parent, Node):
-            raise Error(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")
 
 
 @command("blockdev-snapshot", features=("allow-write-only-overlay",))
