@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.system.differential import Session, add, check_session, delete
+from tests.system.differential import Do, Event, Session, add, check_session, cmd, delete
 from tests.system.test_differential_blockdev import NBD_START, export, file, null, qcow2, raw
 from tests.system.test_differential_graph import SHOW, once, reopen
 
@@ -26,6 +26,10 @@ def file_f(**more: Any) -> dict[str, Any]:
 
 def qcow2_q(**more: Any) -> dict[str, Any]:
     return {"driver": "qcow2", "node-name": "q", "file": "qf", "backing": None, **wire(**more)}
+
+
+def qcow2_of(name: str, below: str, **more: Any) -> dict[str, Any]:
+    return {"driver": "qcow2", "node-name": name, "file": below, **wire(**more)}
 
 
 BASE = (
@@ -304,6 +308,123 @@ SESSIONS = [
             *SHOW,
         ],
         images=("base.qcow2", "mid.qcow2", "top.qcow2", "plain.qcow2", "c4k.qcow2"),
+    ),
+    Session(
+        "reopen-qcow2-options",
+        [
+            add(driver="file", node_name="f", filename="plain.qcow2"),
+            add(driver="qcow2", node_name="q", file="f"),
+            reopen(qcow2_of("q", "f", lazy_refcounts=True)),
+            reopen(qcow2_of("q", "f", l2_cache_size=65536)),
+            reopen(qcow2_of("q", "f", l2_cache_size=1, cache_size=0)),
+            reopen(qcow2_of("q", "f", refcount_cache_size=1 << 20, cache_size=1024)),
+            reopen(qcow2_of("q", "f", overlap_check="all")),
+            reopen(qcow2_of("q", "f", overlap_check="nosuch")),
+            reopen(qcow2_of("q", "f", overlap_check={"template": "none", "main-header": True})),
+            reopen(qcow2_of("q", "f", overlap_check={"template": "zz"})),
+            reopen(qcow2_of("q", "f", cache_clean_interval=5)),
+            reopen(qcow2_of("q", "f", cache_clean_interval=1 << 33)),
+            reopen(qcow2_of("q", "f", pass_discard_request=True, discard="unmap")),
+            reopen(qcow2_of("q", "f", discard_no_unref=True)),
+            *SHOW,
+            reopen(qcow2_of("q", "f", encrypt={"format": "luks", "key-secret": "x"})),
+            reopen(qcow2_of("q", "f", data_file=None)),
+            reopen(qcow2_of("q", "f", data_file="f")),
+            reopen(qcow2_of("q", "f", data_file=file("raw.img"))),
+            *SHOW,
+            reopen({"driver": "qcow2", "node-name": "q"}),
+            reopen({"driver": "qcow2", "node-name": "q", "file": None}),
+            reopen({"driver": "qcow2", "node-name": "q", "file": "f", "backing": "nosuch"}),
+            reopen({"driver": "qcow2", "node-name": "q", "file": "f", "backing": ""}),
+            reopen({"driver": "qcow2", "node-name": "q", "file": "f", "backing": {"driver": "null-co"}}),
+            add(driver="qcow2", node_name="v2", file=file("v2.qcow2", node_name="v2f")),
+            reopen(qcow2_of("v2", "v2f", lazy_refcounts=True)),
+            reopen(qcow2_of("v2", "v2f", discard_no_unref=True)),
+            reopen(qcow2_of("v2", "v2f", l2_cache_entry_size=512)),
+            *SHOW,
+        ],
+        images=("plain.qcow2", "raw.img", "v2.qcow2"),
+    ),
+    Session(
+        "reopen-null",
+        [
+            null("n", size=1 << 20),
+            add(driver="null-aio", node_name="na", size=4096),
+            reopen({"driver": "null-co", "node-name": "n", "size": 1 << 20, "latency-ns": 5}),
+            reopen({"driver": "null-co", "node-name": "n", "size": 1 << 20, "read-zeroes": True}),
+            reopen({"driver": "null-co", "node-name": "n"}),
+            reopen({"driver": "null-aio", "node-name": "n", "size": 1 << 20}),
+            reopen({"driver": "null-aio", "node-name": "na", "size": 4096, "read-only": True}),
+            reopen(
+                {
+                    "driver": "null-co",
+                    "node-name": "n",
+                    "size": 1 << 20,
+                    "cache": {"direct": True},
+                    "detect-zeroes": "on",
+                }
+            ),
+            *SHOW,
+            reopen({"driver": "raw", "node-name": "n", "file": "na"}),
+            reopen({"driver": "file", "node-name": "n", "filename": "x"}),
+        ],
+        images=(),
+    ),
+    Session(
+        "reopen-exported-qcow2",
+        [
+            add(driver="file", node_name="f", filename="plain.qcow2"),
+            add(driver="qcow2", node_name="q", file="f"),
+            raw("r"),
+            NBD_START,
+            export("e", "q", writable=True),
+            reopen(qcow2_of("q", "f", read_only=True)),
+            reopen({"driver": "file", "node-name": "f", "filename": "plain.qcow2", "read-only": True}),
+            reopen(
+                qcow2_of("q", "f", read_only=True),
+                {"driver": "file", "node-name": "f", "filename": "plain.qcow2", "read-only": True},
+            ),
+            *SHOW,
+            reopen(qcow2_of("q", "f", backing="r")),
+            *SHOW,
+            once("q", "read", lambda c: (c.size, c.pread(2 << 20, 8).hex(), c.pread(0, 8).hex())),
+            reopen(qcow2_of("q", "f", backing=None)),
+            *SHOW,
+            reopen(qcow2_of("q", "r")),
+            *SHOW,
+            reopen(qcow2_of("q", "f", auto_read_only=True)),
+            *SHOW,
+            cmd("block-export-del", id="e"),
+            Event("BLOCK_EXPORT_DELETED"),
+            reopen(qcow2_of("q", "f", read_only=True)),
+            *SHOW,
+            export("e", "q", writable=True),
+            reopen(qcow2_of("q", "f")),
+            export("e", "q", writable=True),
+            *SHOW,
+            delete("f"),
+            delete("r"),
+        ],
+        images=("plain.qcow2", "raw.img"),
+    ),
+    Session(
+        "reopen-file",
+        [
+            add(driver="file", node_name="f", filename="raw.img", read_only=True),
+            add(driver="raw", node_name="x", file="f", read_only=True),
+            reopen({"driver": "raw", "node-name": "x", "file": "f"}),
+            *SHOW,
+            NBD_START,
+            export("e", "x", writable=True),
+            reopen({"driver": "file", "node-name": "f", "filename": "raw.img"}),
+            *SHOW,
+            export("e", "x", writable=True),
+            *SHOW,
+            Do("chmod", lambda c: (c.workdir / "other.img").chmod(0o444)),
+            add(driver="file", node_name="g", filename="other.img", read_only=True),
+            reopen({"driver": "file", "node-name": "g", "filename": "other.img"}),
+        ],
+        images=("raw.img", "other.img"),
     ),
 ]
 

@@ -213,9 +213,8 @@ def _check_driver(node: Node, options: BlockdevOptions) -> None:
     """The driver is the same. Raises Error."""
     old = node.options
     if type(options) is not type(old):
-        names = set(options.__struct_fields__)
         for name in old.__struct_fields__:
-            if name not in names and getattr(old, name) is not None:
+            if name not in _GENERIC and getattr(old, name) is not None and getattr(options, name, None) is None:
                 raise Error(f"Option '{_wire(old, name)}' cannot be reset to its default value")
         raise Error("Cannot change the option 'driver'")
 
