@@ -42,6 +42,8 @@ def image_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     qcow2("top.qcow2", 8 * MiB, "", "write -P 9 192k 64k", "write -z 0 64k", backing="mid.qcow2")
     qcow2("rawback.qcow2", 1 * MiB, "", "write -P 9 192k 64k", backing="raw.img")
     qcow2("prealloc.qcow2", 2 * MiB, "preallocation=metadata")
+    qcow2("data.qcow2", 4 * MiB, "data_file=data.raw")
+    images.create(root / "other.raw", 4 * MiB, "raw")
     (root / "garbage.qcow2").write_bytes(b"not an image at all, sorry\n" * 100)
     truncated = (root / "plain.qcow2").read_bytes()[:60]
     (root / "short.qcow2").write_bytes(truncated)

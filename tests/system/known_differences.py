@@ -14,7 +14,6 @@ _ONE_PIECE = (
     "call; where nothing but zeroes is read, a hole is sent, as QSD does"
 )
 
-_LATER = "external data files are refused: a later release has them"
 
 KNOWN: dict[tuple[str, str], str] = {
     ("backing-null", _NULL): "QSD gives null-co the name of the image's own backing file, which null-co refuses",
@@ -29,10 +28,4 @@ KNOWN: dict[tuple[str, str], str] = {
         "nbd-pieces",
         "small zeroes",
     ): "a few bytes of zeroes are sent as data: a hole is hardly shorter, and to look for it takes time",
-    **{
-        (f"mangled-header-{mode}", f"{name}: {step}"): _LATER
-        for mode in ("ro", "rw")
-        for name, steps in (("incompatible-bit-2", ("open",)),)
-        for step in steps
-    },
 }

@@ -34,6 +34,11 @@ def export(name: str, node: str, /, **more: Any) -> dict[str, Any]:
     return cmd("block-export-add", type="nbd", id=name, node_name=node, **more)
 
 
+def reopen_data(image: str = "data.qcow2", **more: Any) -> dict[str, Any]:
+    options = {"driver": "qcow2", "node-name": "a", "file": file(image)}
+    return cmd("blockdev-reopen", options=[{**options, **{k.replace("_", "-"): v for k, v in more.items()}}])
+
+
 NBD_START = cmd("nbd-server-start", addr={"type": "unix", "data": {"path": "nbd.sock"}})
 
 
@@ -802,6 +807,67 @@ SESSIONS = [
             "query-blockstats",
             "x-debug-query-block-graph",
         ],
+    ),
+    Session(
+        "data-file",
+        [
+            qcow2("a", "data.qcow2"),
+            NODES,
+            FLAT,
+            "x-debug-query-block-graph",
+            reopen_data(),
+            reopen_data(data_file=file("data.raw")),
+            reopen_data(data_file=file("data.raw", read_only=True)),
+            reopen_data(data_file=file("other.raw")),
+            reopen_data(data_file="nosuch"),
+            reopen_data(data_file=None),
+            cmd("block_resize", node_name="a", size=6 << 20),
+            delete("a"),
+            add(driver="file", node_name="d", filename="data.raw"),
+            add(driver="file", node_name="e", filename="other.raw"),
+            qcow2("a", "data.qcow2", data_file="d"),
+            NBD_START,
+            export("x", "a", writable=True),
+            "x-debug-query-block-graph",
+            cmd("block_resize", node_name="d", size=8 << 20),
+            reopen_data(data_file="d"),
+            reopen_data(),
+            reopen_data(data_file="e"),
+            reopen_data(data_file=file("data.raw")),
+            reopen_data(data_file="d", read_only=True),
+            nbd(
+                "write and look at it",
+                "a",
+                lambda client: [
+                    client.pwrite(0, b"a" * 65536),
+                    client.pwrite(70_000, b"b" * 100),
+                    client.zero(131072, 65536),
+                    client.pread(65536, 8192).hex(),
+                    client.flush(),
+                ],
+            ),
+            cmd("block-export-del", id_="x"),
+            Event("BLOCK_EXPORT_DELETED"),
+            Do("content", lambda context: (context.workdir / "data.raw").read_bytes()[:262144].hex()),
+            reopen_data(data_file="d", read_only=True),
+            "x-debug-query-block-graph",
+            delete("a"),
+            qcow2("a", "data.qcow2", data_file="nosuch"),
+            qcow2("a", "data.qcow2", data_file=file("nosuch.raw")),
+            qcow2("a", "data.qcow2", data_file=file(".")),
+            qcow2("a", "plain.qcow2", data_file=file("nosuch.raw")),
+            qcow2("a", "plain.qcow2", data_file="e"),
+            qcow2("a", "plain.qcow2"),
+            reopen_data("plain.qcow2", data_file="e"),
+            reopen_data("plain.qcow2", data_file=file("other.raw")),
+            delete("a"),
+            qcow2("a", "data.qcow2", data_file={"driver": "null-co", "size": 1 << 20, "read-zeroes": True}),
+            NODES,
+            delete("a"),
+            qcow2("a", "data.qcow2", data_file={**file("other.raw"), "read-only": True}),
+            export("x", "a", writable=True),
+        ],
+        images=("data.qcow2", "data.raw", "other.raw", "plain.qcow2"),
     ),
 ]
 

@@ -37,11 +37,13 @@ def default_child_perms(driver: Driver, child: Child, role: int, perm: int, shar
         if not driver.node.read_only and driver.node.active:
             need |= perms.WRITE | perms.RESIZE
         need |= perms.CONSISTENT_READ
+        # Nobody else may change the tables.
+        share &= ~perms.WRITE
+        share |= perms.CONSISTENT_READ | perms.WRITE_UNCHANGED
     if role & (ROLE_METADATA | ROLE_DATA):
         if need & perms.WRITE:
             need |= perms.RESIZE
-        share &= ~(perms.WRITE | perms.RESIZE)
-        share |= perms.CONSISTENT_READ | perms.WRITE_UNCHANGED
+        share &= ~perms.RESIZE
     if not driver.node.active:
         share |= perms.WRITE | perms.RESIZE
     return need, share

@@ -125,6 +125,12 @@ class Node:
 
         return await open_backing(self, filename, fmt)
 
+    async def open_data_file(self, filename: str) -> Child:
+        """Open the data file that an image names and attach it as ``data-file``."""
+        from pyqsd.block.open_image import open_data_file
+
+        return await open_data_file(self, filename)
+
     def set_read_only(self, reason: str) -> None:
         """Fall back to read-only if ``auto-read-only`` allows it; else raise Error(`reason`) with EACCES."""
         if self.read_only:

@@ -21,7 +21,7 @@ from typing import Any, get_args, get_type_hints
 
 from pyqsd.block import filenames, registry
 from pyqsd.block.child import Child
-from pyqsd.block.driver import ROLE_COW, Driver
+from pyqsd.block.driver import ROLE_COW, ROLE_DATA, Driver
 from pyqsd.block.node import Node
 from pyqsd.block.options import BlockdevCacheOptions, BlockdevOptions
 from pyqsd.qapi.convert import convert
@@ -58,6 +58,16 @@ async def open_backing(node: Node, filename: str, fmt: str | None) -> Child | No
         raise cause.prefixed("Could not open backing file: ") from exc
     node.auto_backing_filename = filenames.filename(child.node)
     return child
+
+
+async def open_data_file(node: Node, filename: str) -> Child:
+    """Open the data file that the image of `node` names, and attach it as ``data-file``. As in QSD it is an ordinary
+    file, whatever the name looks like, and the name is relative to the working directory. Raises Error."""
+    if not filename:
+        raise Error("The 'file' block driver requires a file name", errno.EINVAL)
+    tree: _Tree = {"driver": "file", "filename": filename}
+    check_policy(node, tree)
+    return await node.open_child("data-file", to_options(tree), ROLE_DATA)
 
 
 async def open_child_image(node: Node, child_name: str, filename: str, fmt: str | None, role: int) -> Child:

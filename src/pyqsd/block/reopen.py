@@ -179,6 +179,8 @@ async def _prepare(
         if child.name in item.replaced or child.node in work.explicit or not _inherits(node, child):
             continue
         ref = children.get(child.name)
+        if ref is None:
+            raise Error("Option 'driver' cannot be reset to its default value")
         inner = ref if isinstance(ref, BlockdevOptions) else child.node.options
         await _prepare(work, child.node, inner, item, child.role, not isinstance(ref, BlockdevOptions))
 

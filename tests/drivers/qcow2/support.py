@@ -151,9 +151,21 @@ class LogFile(Driver):
         self.log.append(("resize", length))
 
 
-async def open_logged(image: bytes, graph: Graph | None = None, **options: Any) -> tuple[Node, LogFile]:
-    """A qcow2 node over a logged copy of `image`."""
-    graph = graph or Graph(EventBus())
+class DataLog(list[tuple[Any, ...]]):
+    """The log of a data file as a part of another one, in which its entries are ("data", entry)."""
+
+    def __init__(self, whole: list[tuple[Any, ...]]) -> None:
+        self.whole = whole
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def append(self, entry: tuple[Any, ...]) -> None:
+        self.whole.append(("data", entry))
+
+
+def logged(graph: Graph, image: bytes) -> LogFile:
+    """A node of the graph that is a logged copy of `image`."""
     name = f"log{len(graph.nodes)}"
     below = Node(graph, name, LogFile, LogOptions(node_name=name))
     driver = below.driver
@@ -163,9 +175,22 @@ async def open_logged(image: bytes, graph: Graph | None = None, **options: Any) 
     below.length = len(image)
     below.opened = True
     graph.nodes[name] = below
+    return driver
+
+
+async def open_logged(
+    image: bytes, graph: Graph | None = None, data: bytes | None = None, **options: Any
+) -> tuple[Node, LogFile]:
+    """A qcow2 node over a logged copy of `image`, and one of the data file `data`, which logs to the same list."""
+    graph = graph or Graph(EventBus())
+    driver = logged(graph, image)
+    if data is not None:
+        data_driver = logged(graph, data)
+        data_driver.log = DataLog(driver.log)
+        options["data_file"] = data_driver.node.name
     options.setdefault("discard", "unmap")
     options.setdefault("node_name", f"q{len(graph.nodes)}")
-    node = await graph.add(Options(file=name, **options))
+    node = await graph.add(Options(file=driver.node.name, **options))
     return node, driver
 
 

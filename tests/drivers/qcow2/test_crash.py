@@ -209,6 +209,46 @@ def test_snapshot_survives(tmp_path: Path, power: bool) -> None:
 
 
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
+@pytest.mark.parametrize("options", ["cluster_size=4k", "data_file_raw=on,cluster_size=4k", "extended_l2=on"])
+def test_data_file(tmp_path: Path, options: str, power: bool) -> None:
+    """Two files, each with its own flushes: no table refers to what is not in the data file yet."""
+    size = 1 << 20
+    path = images.create(tmp_path / "crashed", size, options=f"data_file={tmp_path / 'data'},{options}")
+    image, data = path.read_bytes(), (tmp_path / "data").read_bytes()
+    history = History(size)
+
+    async def main() -> list[tuple[Any, ...]]:
+        node, below = await open_logged(image, data=data)
+        await _requests(node, below, history, len(options), 60, 40_960)
+        complete = len(history.writes)
+        await close(node)
+        history.flushes.append((len(below.log), complete))
+        return below.log
+
+    log = run(main())
+    here = [("other",) if entry[0] == "data" else entry for entry in log]
+    there = [entry[1] if entry[0] == "data" else ("other",) for entry in log]
+    assert any(entry[0] == "flush" for entry in there)
+    rnd = random.Random(f"{options}{power}")
+    for cut in [*sorted(rnd.sample(range(1, len(log)), 24)), len(log)]:
+        if power:
+            crashed, crashed_data = (
+                after_power_cut(image, here, cut, rnd),
+                after_power_cut(data, there, cut, rnd),
+            )
+        else:
+            crashed, crashed_data = after_kill(image, here, cut), after_kill(data, there, cut)
+        (tmp_path / "data").write_bytes(crashed_data)
+        _judge(tmp_path, options, crashed, history, cut, dirty_ok=False)
+        if "raw" in options:
+            history.check(crashed_data[:size], cut)
+    assert images.read_all(path, "qcow2", tmp_path / "raw") == (tmp_path / "data").read_bytes()[:size] or (
+        "raw" not in options
+    )
+    images.assert_clean(path)
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
 def test_resize(tmp_path: Path, power: bool) -> None:
     """Growing and shrinking, with the L1 table moving."""
     image = empty_image(1 << 20, cluster_size=512)

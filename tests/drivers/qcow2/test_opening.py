@@ -191,12 +191,6 @@ def test_named_feature(tmp_path: Path) -> None:
     assert ask_qsd([path], [("", image, {})]) == [expected]
 
 
-def test_refused_clearly(tmp_path: Path) -> None:
-    path = tmp_path / "disk"
-    images.create(path, MiB, options=f"data_file={tmp_path}/data")
-    assert ask_ours(path, {}) == "qcow2 images with an external data file are not supported"
-
-
 def test_probe() -> None:
     assert Qcow2.probe(empty_image(MiB)[:512], "x") == 100
     assert Qcow2.probe(empty_image(MiB, version=2)[:512], "x") == 100

@@ -38,6 +38,17 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
     "extended-2m": ("extended_l2=on,cluster_size=2M,lazy_refcounts=on", {}, 64 * MiB),
     "extended-metadata": ("extended_l2=on,preallocation=metadata", {}, 8 * MiB),
     "extended-no-unref": ("extended_l2=on,cluster_size=16k", {"discard_no_unref": True}, 8 * MiB),
+    "data-file": ("data_file=DIR/data", {}, 16 * MiB),
+    "data-file-512": ("data_file=DIR/data,cluster_size=512", {}, 2 * MiB + 1536),
+    "data-file-2m": ("data_file=DIR/data,cluster_size=2M,lazy_refcounts=on", {}, 32 * MiB),
+    "data-file-no-unref": ("data_file=DIR/data", {"discard_no_unref": True}, 8 * MiB),
+    "data-file-extended": ("data_file=DIR/data,extended_l2=on,cluster_size=32k", {}, 8 * MiB),
+    "data-file-raw": ("data_file=DIR/data,data_file_raw=on", {}, 8 * MiB),
+    "data-file-raw-kept": (
+        "data_file=DIR/data,data_file_raw=on,extended_l2=on,cluster_size=16k",
+        {"pass_discard_request": False},
+        8 * MiB,
+    ),
     "all-checks": ("cluster_size=1k", {"overlap_check": "all"}, 4 * MiB),
     "no-checks": ("cluster_size=1k", {"overlap_check": "none"}, 4 * MiB),
 }
@@ -47,7 +58,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], int]] = {
 @pytest.mark.parametrize("lanes", [1, 6])
 def test_workload(tmp_path: Path, name: str, lanes: int) -> None:
     create_options, node_options, size = VARIANTS[name]
-    path = images.create(tmp_path / "disk", size, options=create_options)
+    path = images.create(tmp_path / "disk", size, options=create_options.replace("DIR", str(tmp_path)))
 
     async def main() -> bytearray:
         async with opened(path, **node_options) as node:
@@ -63,6 +74,8 @@ def test_workload(tmp_path: Path, name: str, lanes: int) -> None:
     content = run(main())
     images.assert_clean(path)
     assert images.read_all(path, "qcow2", tmp_path / "raw") == content
+    if name.startswith("data-file-raw"):
+        assert (tmp_path / "data").read_bytes() == content
 
 
 @pytest.mark.parametrize("options", ["compat=0.10", "compat=1.1", "extended_l2=on", "extended_l2=on,cluster_size=16k"])

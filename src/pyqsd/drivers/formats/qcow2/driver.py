@@ -76,6 +76,8 @@ class Qcow2(Driver):
     _writer: Writer
     _unmapper: Unmapper
     _unpacked: Unpacked
+    _plain_map: Callable[[int, int], Extent | None]
+    _plain_map_write: Callable[[int, int], tuple[int, Node, int] | None]
 
     def __init__(self, node: Node, options: Any) -> None:
         super().__init__(node, options)
@@ -127,7 +129,8 @@ class Qcow2(Driver):
         """Read the metadata of the image in `file` and use it from now on. Raises Error."""
         node = self.node
         header = await opening.read_header(node, file, self.options)
-        image = await opening.open_image(node, file, header, self.options)
+        data_file = await opening.open_data_file(node, header, self.options)
+        image = await opening.open_image(node, file, header, self.options, data_file)
         if self.options.x_snapshot is not None:
             await self._show_snapshot(image, self.options.x_snapshot)
         if image.encrypted:
@@ -180,6 +183,11 @@ class Qcow2(Driver):
             setattr(self, "map_write", self._map_write_extended)  # noqa: B010
         else:
             self._writer = Writer(image, self._unpacked)
+        if image.external:
+            self._plain_map = self._map_extended if image.extended else self._map_ordinary
+            self._plain_map_write = self._map_write_extended if image.extended else self._map_write_ordinary
+            setattr(self, "map", self._map_external)  # noqa: B010
+            setattr(self, "map_write", self._map_write_external)  # noqa: B010
         if self._encryption is not None:
             self._adopt_encryption(self._encryption)
         self._unmapper = Unmapper(image, self._writer)
@@ -346,7 +354,7 @@ class Qcow2(Driver):
             await self._prepare_write()
         self._last_key = -1
         self._preallocated = None
-        await resize.truncate(self.image, self._writer, self._unmapper, length, preallocation, zero_new)
+        await resize.truncate(self.image, self._writer, self._unmapper, length, exact, preallocation, zero_new)
         self._use_size()
 
     def _use_size(self) -> None:
@@ -393,6 +401,8 @@ class Qcow2(Driver):
             n = length
         return (n, _STORED, self._data, host + within)
 
+    _map_ordinary = map
+
     def _map_other(self, entries: array[int], at: int, entry: int, n: int, length: int, within: int) -> Extent | None:
         """`map` for everything but ordinary clusters; `n`: bytes to the end of the cluster."""
         size = self._size
@@ -403,6 +413,8 @@ class Qcow2(Driver):
             # `load_map` says what is wrong.
             return None
         zero = entry & tables.ZERO
+        if not host and not zero and self.image.has_place(entry):
+            return (min(n, length), _STORED, self._data, within)
         following = host
         while n < length and at < self._slice_mask:
             at += 1
@@ -436,6 +448,26 @@ class Qcow2(Driver):
         found.used = True
         return extended.map_write(self.image, found, offset, length)
 
+    def _map_external(self, offset: int, length: int) -> Extent | None:
+        """`map` with a data file, where each cluster is at its guest offset."""
+        extent = self._plain_map(offset, length)
+        if extent is not None and (extent[1] & DRIVER or (extent[1] & OFFSET_VALID and extent[3] != offset)):
+            # `load_map` says what is wrong.
+            return None
+        return extent
+
+    def _map_write_external(self, offset: int, length: int) -> tuple[int, Node, int] | None:
+        """`map_write` with a data file."""
+        target = self._plain_map_write(offset, length)
+        if target is None or target[2] != offset:
+            return None
+        if self.image.raw_data and self._writer.in_flight:
+            # Zeroes go to a raw data file before the tables say so, and this must not come in between.
+            last = (offset + target[0] - 1) >> self._bits
+            if self._writer.conflict(offset >> self._bits, last, False) is not None:
+                return None
+        return target
+
     def _map_missing(self, key: int, offset: int, length: int) -> Extent | None:
         """`map` where no slice is in memory: whole tables may be known to be empty."""
         if self.image.broken:
@@ -467,9 +499,11 @@ class Qcow2(Driver):
     def _check_entry(self, found: Slice, at: int) -> None:
         words = self.image.l2.words
         entry = found.entries[at * words]
+        if self.image.external:
+            self.image.check_external(found, at, entry)
         if entry & tables.COMPRESSED:
             return
-        if words == 2 and not extended.is_valid(entry, found.entries[at * 2 + 1]):
+        if words == 2 and not extended.is_valid(self.image, entry, found.entries[at * 2 + 1]):
             raise self.image.bad_entry(found, at, "Invalid cluster entry found")
         host = entry & OFFSET_MASK
         if entry & tables.ZERO and self.image.header.version < 3:
@@ -509,10 +543,12 @@ class Qcow2(Driver):
                 count += 1
         if n > length:
             n = length
-        if self.image.meta.hit(host >> self._bits, count) is not None:
+        if self.image.data_meta.hit(host >> self._bits, count) is not None:
             # `pwritev` says what is wrong.
             return None
         return (n, self._data, host + within)
+
+    _map_write_ordinary = map_write
 
     async def block_status(self, offset: int, length: int, want_zero: bool) -> Extent:
         extent = await self.load_map(offset, length)
@@ -590,6 +626,9 @@ class Qcow2(Driver):
         self.image.check_usable()
         if self._ready:
             await self.image.write_back()
+        if self.image.external:
+            # Whoever wrote to it may be gone, and with them the permission that the node goes by.
+            await self.image.data.flush()
 
     # --- checking ---------------------------------------------------------------------------------------------------
 
@@ -627,6 +666,11 @@ class Qcow2(Driver):
         return need, share
 
     # --- what people see ---------------------------------------------------------------------------------------------
+
+    def allocated_size(self) -> int | None:
+        sizes = [child.node.driver.allocated_size() for child in self.node.children if not child.role & ROLE_COW]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if len(known) == len(sizes) else None
 
     def exact_filename(self) -> str:
         assert self.file is not None

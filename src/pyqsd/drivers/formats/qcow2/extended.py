@@ -29,10 +29,10 @@ def touched(image: Image, offset: int, end: int) -> int:
     return (2 << last) - (1 << first)
 
 
-def is_valid(entry: int, bitmap: int) -> bool:
+def is_valid(image: Image, entry: int, bitmap: int) -> bool:
     """Whether a bitmap makes sense: nothing is both allocated and zero, or allocated without a place."""
     allocated = bitmap & ALL_ALLOCATED
-    return not allocated & bitmap >> 32 and (not allocated or bool(entry & OFFSET_MASK))
+    return not allocated & bitmap >> 32 and (not allocated or bool(entry & image.place_mask))
 
 
 def map_entry(image: Image, found: Slice, offset: int, length: int) -> Extent | None:
@@ -43,7 +43,7 @@ def map_entry(image: Image, found: Slice, offset: int, length: int) -> Extent | 
     if entry & COMPRESSED:
         return (min(length, image.cluster_size - within), DATA | ALLOCATED | IS_COMPRESSED | DRIVER, None, 0)
     host = entry & OFFSET_MASK
-    if host & image.cluster_mask or not is_valid(entry, bitmap):
+    if host & image.cluster_mask or not is_valid(image, entry, bitmap):
         return None
     unit = within >> image.unit_bits
     kind = bitmap >> unit & 0x1_0000_0001
@@ -59,7 +59,7 @@ def map_entry(image: Image, found: Slice, offset: int, length: int) -> Extent | 
         return (n, _STORED, image.data, host + within)
     if not kind:
         return (n, 0, None, 0)
-    if host:
+    if entry & image.place_mask:
         return (n, READS_ZERO | ALLOCATED | OFFSET_VALID, image.data, host + within)
     return (n, READS_ZERO | ALLOCATED, None, 0)
 
@@ -73,7 +73,7 @@ def _same_behind(image: Image, found: Slice, index: int, kind: int, host: int, l
         index += 1
         entry, bitmap = entries[2 * index], entries[2 * index + 1]
         here = entry & OFFSET_MASK
-        if entry & COMPRESSED or here & image.cluster_mask or not is_valid(entry, bitmap):
+        if entry & COMPRESSED or here & image.cluster_mask or not is_valid(image, entry, bitmap):
             break
         if kind:
             if host:
@@ -94,14 +94,14 @@ def map_write(image: Image, found: Slice, offset: int, length: int) -> tuple[int
     index = (offset >> image.cluster_bits) & (image.l2.slice_entries - 1)
     entry, bitmap = found.entries[2 * index], found.entries[2 * index + 1]
     host = entry & OFFSET_MASK
-    if entry & COMPRESSED or not entry & COPIED or not host or host & image.cluster_mask:
+    if entry & COMPRESSED or not entry & COPIED or not entry & image.place_mask or host & image.cluster_mask:
         return None
     within = offset & image.cluster_mask
     n = min(length, image.cluster_size - within)
     wanted = touched(image, offset, offset + n)
-    if bitmap & wanted != wanted or not is_valid(entry, bitmap):
+    if bitmap & wanted != wanted or not is_valid(image, entry, bitmap):
         return None
-    if image.meta.hit(host >> image.cluster_bits, 1) is not None:
+    if image.data_meta.hit(host >> image.cluster_bits, 1) is not None:
         return None
     return (n, image.data, host + within)
 
@@ -142,9 +142,11 @@ class ExtendedWriter(Writer):
         host = entry & OFFSET_MASK
         if host & image.cluster_mask:
             raise image.bad_entry(found, index, "Cluster allocation offset {host:#x} unaligned", host)
-        if not is_valid(entry, bitmap):
+        if not is_valid(image, entry, bitmap):
             raise image.bad_entry(found, index, "Invalid cluster entry found")
-        if not entry & COPIED or not host:
+        if image.external:
+            image.check_external(found, index, entry)
+        if not entry & COPIED or not entry & image.place_mask:
             return ALLOCATE, 0
         wanted = touched(image, offset, min(end, (offset | image.cluster_mask) + 1))
         return (IN_PLACE if bitmap & wanted == wanted else REUSE), host

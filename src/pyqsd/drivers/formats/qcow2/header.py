@@ -120,6 +120,12 @@ class Header:
         return 1 << self.refcount_order
 
     @property
+    def data_file(self) -> str | None:
+        """The name of the external data file; None if the image names none."""
+        data = self.extension(EXT_DATA_FILE)
+        return None if data is None else os_decode(data.split(b"\0", 1)[0])
+
+    @property
     def backing_format(self) -> str | None:
         data = self.extension(EXT_BACKING_FORMAT)
         return None if data is None else os_decode(data)

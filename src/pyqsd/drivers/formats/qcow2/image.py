@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pyqsd.block.events import BlockImageCorrupted
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.overlap import MetadataMap
+from pyqsd.drivers.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
@@ -40,10 +41,18 @@ class Image:
     refcounts: Refcounts
     writeback: WriteBack
 
-    def __init__(self, node: Node, file: Node, header: Header, settings: Settings) -> None:
+    def __init__(
+        self, node: Node, file: Node, header: Header, settings: Settings, data_file: Node | None = None
+    ) -> None:
         self.node = node
         self.file = file
-        self.data = file
+        self.data = file if data_file is None else data_file
+        #: The guest's data is in an external data file, each cluster at its guest offset and without a refcount.
+        self.external = data_file is not None
+        #: The data file must be a raw image of the disk by itself.
+        self.raw_data = self.external and bool(header.autoclear & headers.AUTOCLEAR_RAW_DATA)
+        #: The bits of an L2 entry one of which is set where it has a cluster. Offset 0 is one in a data file.
+        self.place_mask = OFFSET_MASK | (COPIED if self.external else 0)
         self.header = header
         self.settings = settings
         #: Ordinary clusters are encrypted (see `encryption`).
@@ -106,6 +115,23 @@ class Image:
         child = self.node.driver.backing
         return child.node if child is not None else None
 
+    @property
+    def meta(self) -> MetadataMap:
+        """Where the metadata is in the image file."""
+        return self._meta
+
+    @meta.setter
+    def meta(self, meta: MetadataMap) -> None:
+        self._meta = meta
+        #: The same for `data`: there is none in a data file.
+        self.data_meta = MetadataMap(frozenset()) if self.external else meta
+
+    def has_place(self, entry: int) -> bool:
+        """Whether an L2 entry that is not compressed has a cluster, be it for data or behind zeroes."""
+        if entry & OFFSET_MASK:
+            return True
+        return self.external and bool(entry & COPIED) and (self.extended or not entry & ZERO)
+
     # --- corruption --------------------------------------------------------------------------------------------------
 
     def corrupt(self, message: str, offset: int | None = None, size: int | None = None, fatal: bool = True) -> OSError:
@@ -154,14 +180,33 @@ class Image:
         if self._marking is not None:
             await self._marking
 
+    def check_external(self, found: Slice, index: int, entry: int) -> None:
+        """Refuse an L2 entry that cannot be in an image with a data file. Raises OSError."""
+        if entry & COMPRESSED:
+            raise self.bad_entry(found, index, "Compressed cluster entry found in image with external data file")
+        guest = ((found.key << self.l2.slice_bits) + index) << self.cluster_bits
+        host = entry & OFFSET_MASK
+        if host != guest and self.has_place(entry) and not host & self.cluster_mask:
+            raise self.bad_entry(
+                found,
+                index,
+                f"External data file host cluster offset {host:#x} does not match guest cluster offset: {guest:#x}",
+            )
+
     def check_usable(self) -> None:
         """Raises OSError when the image must not be used any more."""
         if self.broken:
             raise OSError(errno.ENOMEDIUM, "The image is corrupt")
 
     def check_overlap(self, cluster: int, count: int) -> None:
-        """Refuse a write to `count` clusters that would hit metadata. Raises OSError."""
-        hit = self.meta.hit(cluster, count)
+        """Refuse a write to `count` clusters of the image file that would hit metadata. Raises OSError."""
+        self._check_hit(self.meta.hit(cluster, count), cluster, count)
+
+    def check_data_overlap(self, cluster: int, count: int) -> None:
+        """The same for the guest's data."""
+        self._check_hit(self.data_meta.hit(cluster, count), cluster, count)
+
+    def _check_hit(self, hit: str | None, cluster: int, count: int) -> None:
         if hit is not None:
             raise self.corrupt(
                 f"Preventing invalid write on metadata (overlaps with {hit})",
@@ -251,8 +296,11 @@ class Image:
     async def clear_autoclear(self) -> None:
         """Before the first write: what this program does not keep up to date must not look consistent afterwards."""
         header = self.header
-        # The bitmaps are kept up to date, if they are right.
-        kept = header.autoclear & headers.AUTOCLEAR_BITMAPS if header.bitmaps is not None else 0
+        # The bitmaps are kept up to date, if they are right, and so is a raw data file.
+        mine = headers.AUTOCLEAR_BITMAPS if header.bitmaps is not None else 0
+        if self.external:
+            mine |= headers.AUTOCLEAR_RAW_DATA
+        kept = header.autoclear & mine
         if header.autoclear != kept:
             await self.set_features(header.incompatible, header.compatible, kept)
 

@@ -100,11 +100,11 @@ def specific(image: Image, encryption: Encryption | None) -> ImageInfoSpecificQC
             compat="0.10", refcount_bits=header.refcount_bits, encrypt=encrypt, compression_type=kind
         )
     else:
-        named = header.extension(headers.EXT_DATA_FILE)
         shown = image.bitmaps if header.autoclear & headers.AUTOCLEAR_BITMAPS else []
         data = ImageInfoSpecificQCow2(
             compat="1.1",
-            data_file=headers.os_decode(named) if named is not None else None,
+            data_file=header.data_file,
+            data_file_raw=image.raw_data if image.external else None,
             lazy_refcounts=bool(header.compatible & headers.COMPAT_LAZY_REFCOUNTS),
             corrupt=bool(header.incompatible & headers.INCOMPAT_CORRUPT),
             extended_l2=bool(header.incompatible & headers.INCOMPAT_EXTENDED_L2),

@@ -9,6 +9,7 @@ import errno
 from array import array
 from typing import TYPE_CHECKING
 
+from pyqsd.block.driver import ROLE_DATA
 from pyqsd.drivers.formats.qcow2 import bitmap_format, snapshots
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.image import Image
@@ -39,7 +40,7 @@ async def read_header(node: Node, file: Node, options: Options) -> headers.Heade
         raise Error("qcow2: Image is corrupt; cannot be opened read/write", errno.EACCES)
     headers.decode_extensions(header, first)
     headers.decode_backing_file(header, first)
-    _refuse_unsupported(node, header, options)
+    check_encryption(header, options)
     return header
 
 
@@ -62,24 +63,32 @@ def check_encryption(header: headers.Header, options: Options, old: Options | No
             raise Error(f"Header reported '{method}' encryption format but options specify '{chosen}'", errno.EINVAL)
 
 
-def _refuse_unsupported(node: Node, header: headers.Header, options: Options) -> None:
-    check_encryption(header, options)
-    if header.incompatible & headers.INCOMPAT_DATA_FILE:
-        raise Error("qcow2 images with an external data file are not supported", errno.ENOTSUP)
-    if options.data_file is not None:
-        if isinstance(options.data_file, str):
-            node.graph.find(options.data_file)
-        raise Error("'data-file' can only be set for images with an external data file", errno.EINVAL)
-    if header.autoclear & headers.AUTOCLEAR_RAW_DATA:
-        raise Error("data-file-raw requires a data file", errno.EINVAL)
+async def open_data_file(node: Node, header: headers.Header, options: Options) -> Node | None:
+    """Open the external data file, if the image has one: that of the options, else the one that the image names. Raises
+    Error."""
+    # It is there already when the metadata is read again.
+    child = next((child for child in node.children if child.name == "data-file"), None)
+    if child is None and options.data_file is not None:
+        child = await node.open_child("data-file", options.data_file, ROLE_DATA)
+    if not header.incompatible & headers.INCOMPAT_DATA_FILE:
+        if child is not None:
+            raise Error("'data-file' can only be set for images with an external data file", errno.EINVAL)
+        if header.autoclear & headers.AUTOCLEAR_RAW_DATA:
+            raise Error("data-file-raw requires a data file", errno.EINVAL)
+        return None
+    if child is None:
+        if header.data_file is None:
+            raise Error("'data-file' is required for this image", errno.EINVAL)
+        child = await node.open_data_file(header.data_file)
+    return child.node
 
 
-async def open_image(node: Node, file: Node, header: headers.Header, options: Options) -> Image:
+async def open_image(node: Node, file: Node, header: headers.Header, options: Options, data_file: Node | None) -> Image:
     """Read the tables that stay in memory. Raises Error."""
     if header.size > (1 << 63) - 1:
         raise Error("Could not refresh total sector count: File too large", errno.EFBIG)
     size = header.size & ~511
-    image = Image(node, file, header, settings(options, header, node.discard_unmap, size))
+    image = Image(node, file, header, settings(options, header, node.discard_unmap, size), data_file)
     image.touched_end = file.length
     image.l2 = L2Tables(image, image.settings.l2_slice_bytes, image.settings.l2_cache_bytes)
     image.refcounts = Refcounts(image, image.settings.refcount_cache_bytes)

@@ -23,9 +23,10 @@ _SECTOR = 512
 
 
 async def truncate(
-    image: Image, writer: Writer, unmapper: Unmapper, length: int, preallocation: str, zero_new: bool
+    image: Image, writer: Writer, unmapper: Unmapper, length: int, exact: bool, preallocation: str, zero_new: bool
 ) -> None:
-    """Resize the disk to `length`. `preallocation`: off, metadata, falloc, full. Raises Error."""
+    """Resize the disk to `length`, and a data file with it; `exact`: that is not to be larger either. `preallocation`:
+    off, metadata, falloc, full. Raises Error."""
     header = image.header
     if length % _SECTOR:
         raise Error(f"The new size must be a multiple of {_SECTOR}", errno.EINVAL)
@@ -35,8 +36,11 @@ async def truncate(
     if length < old:
         if preallocation != "off":
             raise Error("Preallocation can't be used for shrinking an image", errno.EINVAL)
-        await _shrink(image, unmapper, old, length)
+        await _shrink(image, unmapper, old, length, exact)
         return
+    if image.raw_data and preallocation == "off":
+        # All that is in the data file is on the disk.
+        preallocation = "metadata"
     entries = headers.l1_entries_for(header, length)
     if entries > headers.MAX_L1_BYTES // 8:
         raise _prefixed("Failed to grow the L1 table", OSError(errno.EFBIG, ""))
@@ -47,7 +51,11 @@ async def truncate(
             raise _prefixed("Failed to grow the L1 table", exc) from exc
     if old & image.cluster_mask and length > old:
         await _clear_tail(image, writer, old, min(length, (old + image.cluster_mask) & ~image.cluster_mask))
-    if preallocation != "off" and length > old:
+    if image.external:
+        await _grow_data_file(image, old, length, exact, preallocation)
+        if zero_new and length > old:
+            await _zero_new(image, writer, unmapper, old, length)
+    elif preallocation != "off" and length > old:
         await _preallocate(image, writer, old, length, preallocation)
     elif zero_new and length > old:
         await _zero_new(image, writer, unmapper, old, length)
@@ -196,7 +204,36 @@ async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode
         at += got
 
 
-async def _shrink(image: Image, unmapper: Unmapper, old: int, length: int) -> None:
+async def _grow_data_file(image: Image, old: int, length: int, exact: bool, mode: str) -> None:
+    """Make the data file as long as the disk, and with preallocation make ``[old, length)`` refer to it."""
+    bits, l2 = image.cluster_bits, image.l2
+    at = (old + image.cluster_mask) >> bits
+    stop = (length + image.cluster_mask) >> bits
+    if mode == "off" or at >= stop:
+        await image.data.truncate(length, exact=exact)
+        return
+    if stop << bits > image.data.length:
+        try:
+            await image.data.truncate(stop << bits, preallocation="off" if mode == "metadata" else mode)
+        except OSError as exc:
+            raise _prefixed("Could not resize data file", exc) from exc
+    while at < stop:
+        try:
+            found = await l2.load_for_write(at << bits >> l2.slice_shift)
+        except OSError as exc:
+            raise _prefixed("Could not preallocate new data", exc) from exc
+        index = at & (l2.slice_entries - 1)
+        count = min(stop - at, l2.slice_entries - index)
+        for position in range(count):
+            found.entries[(index + position) * l2.words] = (at + position) << bits | COPIED
+            if l2.words == 2:
+                found.entries[(index + position) * 2 + 1] = ALL_ALLOCATED
+        l2.touched(found, index, index + count)
+        image.barrier = True
+        at += count
+
+
+async def _shrink(image: Image, unmapper: Unmapper, old: int, length: int, exact: bool) -> None:
     header, l2, bits = image.header, image.l2, image.cluster_bits
     start = (length + image.cluster_mask) & ~image.cluster_mask
     end = (old + image.cluster_mask) & ~image.cluster_mask
@@ -222,6 +259,9 @@ async def _shrink(image: Image, unmapper: Unmapper, old: int, length: int) -> No
         await image.writeback.run(refcounts=True)
     except OSError as exc:
         raise _prefixed("Failed to reduce the number of L2 tables", exc) from exc
+    if image.external:
+        # Nothing on disk refers to what is cut off.
+        await image.data.truncate(length, exact=exact)
     try:
         await _write_size(image, length)
     except OSError as exc:

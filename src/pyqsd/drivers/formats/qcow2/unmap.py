@@ -12,12 +12,12 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pyqsd.block.driver import MAY_UNMAP
+from pyqsd.block.driver import MAY_UNMAP, NO_FALLBACK
 from pyqsd.block.extents import DATA
 from pyqsd.block.extents import ZERO as READS_ZERO
 from pyqsd.drivers.formats.qcow2 import extended
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2.tables import ALL_ALLOCATED, ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO
+from pyqsd.drivers.formats.qcow2.tables import ALL_ZERO, COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from pyqsd.drivers.formats.qcow2.write import InFlight
 
 if TYPE_CHECKING:
@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 
 #: After so many slices other requests have their turn.
 _STEPS = 8
-#: What to do with an entry: the new words, and whether the cluster of the old one is dropped.
-_Change = tuple[int, int, bool]
+#: What becomes of the cluster of an entry: nothing; the reference is dropped; it stays, but its space is given back.
+KEEP = 0
+DROP = 1
+GIVE_BACK = 2
+#: What to do with an entry: the new words, and what becomes of its cluster.
+_Change = tuple[int, int, int]
 #: From the old words; None leaves it as it is. The second word is that of extended entries, else 0.
 _Changer = Callable[[int, int], _Change | None]
 
@@ -46,21 +50,37 @@ class Unmapper:
         image = self.image
         end = offset + length
         mask = image.unit_size - 1
-        if not offset & mask and (not end & mask or end == image.node.length):
+        whole = not offset & mask and (not end & mask or end == image.node.length)
+        if whole and not image.raw_data:
             await self._zero(offset, length, flags, None)
             return
         # Nobody may write to the clusters at the edges between the look at them and the change.
-        first = offset >> image.cluster_bits
-        last = (end - 1) >> image.cluster_bits
+        own = await self._hold(offset, end)
+        try:
+            if not whole:
+                await self._check_edges_zero(offset, end)
+            if image.raw_data:
+                await self._zero_data(offset, end, flags & (MAY_UNMAP | NO_FALLBACK))
+            await self._zero(offset, length, flags, own)
+        finally:
+            self.writer.finished(own)
+
+    async def _hold(self, offset: int, end: int) -> InFlight:
+        """Keep all others away from the clusters of the range until this is `finished`."""
+        first = offset >> self.image.cluster_bits
+        last = (end - 1) >> self.image.cluster_bits
         while (other := self._conflict(first, last, None)) is not None:
             await self.writer.wait_for(other)
         own = InFlight(first, last, True)
         self.writer.in_flight.append(own)
-        try:
-            await self._check_edges_zero(offset, end)
-            await self._zero(offset, length, flags, own)
-        finally:
-            self.writer.finished(own)
+        return own
+
+    async def _zero_data(self, offset: int, end: int, flags: int) -> None:
+        """Zero a raw data file, before any L2 entry says so: what is cut off in between is the same disk in both. The
+        entries must not be on disk before the zeroes are. Raises OSError."""
+        image = self.image
+        await image.data.pwrite_zeroes(offset, end - offset, flags)
+        image.barrier = True
 
     async def _zero(self, offset: int, length: int, flags: int, own: InFlight | None) -> None:
         image = self.image
@@ -75,11 +95,11 @@ class Unmapper:
 
         def change(entry: int, bitmap: int) -> _Change:
             compressed = bool(entry & COMPRESSED)
-            allocated = compressed or bool(entry & OFFSET_MASK)
-            drop = compressed or (unmap and allocated and not keep)
+            may_go = unmap and not compressed and image.has_place(entry)
+            action = DROP if compressed or (may_go and not keep) else GIVE_BACK if may_go else KEEP
             if image.extended:
-                return (0 if drop else entry), ALL_ZERO, drop
-            return (ZERO if drop else entry | ZERO), 0, drop
+                return (0 if action == DROP else entry), ALL_ZERO, action
+            return (ZERO if action == DROP else entry | ZERO), 0, action
 
         if image.extended:
             # Parts of clusters at both ends: only their subclusters.
@@ -105,7 +125,7 @@ class Unmapper:
         def change(entry: int, bitmap: int) -> _Change:
             if entry & COMPRESSED:
                 raise OSError(errno.ENOTSUP, "compressed")
-            return entry, (bitmap | bits << 32) & ~bits, False
+            return entry, (bitmap | bits << 32) & ~bits, KEEP
 
         while True:
             image.check_usable()
@@ -147,7 +167,18 @@ class Unmapper:
     async def discard(self, offset: int, length: int, kind: str, full: bool) -> None:
         """Drop the clusters of the range. `full`: nothing is to be left behind (the disk is shrinking), else what was
         discarded reads as zeroes where the version can say so. Raises OSError."""
-        await self._discard(offset, length, kind, full, None)
+        image = self.image
+        if not image.raw_data or full:
+            await self._discard(offset, length, kind, full, None)
+            return
+        own = await self._hold(offset, offset + length)
+        try:
+            end = min(offset + length, image.data.length)
+            if offset < end:
+                await self._zero_data(offset, end, MAY_UNMAP if image.writeback.passes(kind) else 0)
+            await self._discard(offset, length, kind, full, own)
+        finally:
+            self.writer.finished(own)
 
     async def _discard(self, offset: int, length: int, kind: str, full: bool, own: InFlight | None) -> None:
         image = self.image
@@ -158,16 +189,16 @@ class Unmapper:
 
         def change(entry: int, bitmap: int) -> _Change | None:
             compressed = bool(entry & COMPRESSED)
-            host = entry & OFFSET_MASK
+            place = not compressed and image.has_place(entry)
             if full:
-                return (0, 0, compressed or bool(host)) if entry or bitmap else None
+                return (0, 0, DROP if compressed or place else KEEP) if entry or bitmap else None
             is_zero = bitmap == ALL_ZERO if image.extended else bool(entry & ZERO)
-            if not compressed and not host:
+            if not compressed and not place:
                 # Plain zero, or unallocated: only what a backing file would show has to be hidden.
-                return (zero_entry, zero_bitmap, False) if not is_zero and has_backing else None
+                return (zero_entry, zero_bitmap, KEEP) if not is_zero and has_backing else None
             if compressed or not keep:
-                return zero_entry, zero_bitmap, True
-            return (entry | zero_entry, zero_bitmap, False) if not is_zero else None
+                return zero_entry, zero_bitmap, DROP
+            return (entry | zero_entry, zero_bitmap, GIVE_BACK) if not is_zero else None
 
         await self._change(offset, offset + length, change, full, kind, own)
 
@@ -217,21 +248,21 @@ class Unmapper:
                 if found is None or not l2.l1[key >> l2.key_bits] & COPIED:
                     await l2.load_for_write(key)
                     continue
-                kept = self._change_slice(found, first, last, change, kind)
-                if kept and image.settings.discard_request:
-                    await self._discard_kept(first, last, kept)
+                places = self._change_slice(found, first, last, change, kind)
+                if places and image.writeback.passes(kind):
+                    await self._give_back(first, last, places)
                 break
             at = stop
 
-    async def _discard_kept(self, first: int, last: int, kept: list[int]) -> None:
-        """Give back the space of clusters that their L2 entries keep (``discard-no-unref``), while nobody writes
-        there."""
+    async def _give_back(self, first: int, last: int, places: list[int]) -> None:
+        """Give back the space of clusters that have no count that goes down (in a data file), or that their L2 entries
+        keep (``discard-no-unref``), while nobody writes there."""
         image = self.image
         request = InFlight(first, last, True)
         self.writer.in_flight.append(request)
         try:
-            start = end = kept[0]
-            for host in [*kept, -1]:
+            start = end = places[0]
+            for host in [*places, -1]:
                 if host == end:
                     end += image.cluster_size
                     continue
@@ -241,13 +272,13 @@ class Unmapper:
             self.writer.finished(request)
 
     def _change_slice(self, found: Slice, first: int, last: int, change: _Changer, kind: str) -> list[int]:
-        """Change entries of one slice. Returns the host offsets of clusters that were made zero but kept."""
+        """Change entries of one slice. Returns the host offsets of clusters whose space may go at once."""
         image = self.image
         mask = image.l2.slice_entries - 1
         entries = found.entries
         words = image.l2.words
         lo = hi = -1
-        kept: list[int] = []
+        places: list[int] = []
         start, stop = first & mask, (last & mask) + 1
         if not any(entries[start * words : stop * words]):
             # All are unallocated, and become the same.
@@ -255,33 +286,32 @@ class Unmapper:
             if changed is not None and (changed[0] or changed[1]):
                 entries[start * words : stop * words] = array("Q", changed[:words]) * (stop - start)
                 image.l2.touched(found, start, stop)
-            return kept
+            return places
         for index in range(start, stop):
             old = entries[index * words]
             bitmap = entries[index * words + 1] if words == 2 else 0
+            if image.external:
+                image.check_external(found, index, old)
             if not old & COMPRESSED and old & OFFSET_MASK & image.cluster_mask:
                 raise image.bad_entry(found, index, "Cluster allocation offset {host:#x} unaligned", old & OFFSET_MASK)
             changed = change(old, bitmap)
             if changed is None:
                 continue
-            new, new_bitmap, drop = changed
+            new, new_bitmap, action = changed
             if new == old and new_bitmap == bitmap:
                 continue
             entries[index * words] = new
             if words == 2:
                 entries[index * words + 1] = new_bitmap
-            if drop:
+            if action == DROP:
                 self.writer.drop(old, kind)
-            elif (
-                image.settings.discard_no_unref
-                and old & OFFSET_MASK
-                and old & COPIED
-                and not new_bitmap & ALL_ALLOCATED
-            ):
-                kept.append(old & OFFSET_MASK)
+                if image.external and not old & COMPRESSED and image.has_place(old):
+                    places.append(old & OFFSET_MASK)
+            elif action == GIVE_BACK and old & COPIED:
+                places.append(old & OFFSET_MASK)
             if lo < 0:
                 lo = index
             hi = index + 1
         if lo >= 0:
             image.l2.touched(found, lo, hi)
-        return kept
+        return places

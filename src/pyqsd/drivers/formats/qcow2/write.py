@@ -123,7 +123,7 @@ class Writer:
                 if image.freed_clusters << bits > _FREED_MOST:
                     await image.write_back()
                     continue
-                missing = self._allocate(count)
+                missing = (offset & ~image.cluster_mask, count) if image.external else self._allocate(count)
                 if isinstance(missing, MissingBlock):
                     await image.refcounts.load_missing(missing)
                     continue
@@ -182,6 +182,8 @@ class Writer:
     def _classify(self, entry: int, found: Slice, index: int) -> tuple[int, int]:
         """What a write has to do with the cluster of an L2 entry, and the host offset where that matters."""
         image = self.image
+        if image.external:
+            image.check_external(found, index, entry)
         if entry & COMPRESSED:
             return ALLOCATE, 0
         host = entry & OFFSET_MASK
@@ -189,7 +191,7 @@ class Writer:
             raise image.bad_entry(found, index, "Cluster allocation offset {host:#x} unaligned", host)
         if entry & ZERO and image.header.version < 3:
             raise image.bad_entry(found, index, "Zero cluster entry found in pre-v3 image", host)
-        if entry & COPIED and host:
+        if entry & COPIED and (host or (image.external and not entry & ZERO)):
             return (REUSE, host) if entry & ZERO else (IN_PLACE, host)
         return ALLOCATE, 0
 
@@ -197,7 +199,7 @@ class Writer:
 
     async def _write_in_place(self, first: int, count: int, host: int, length: int, iov: list[memoryview]) -> None:
         image = self.image
-        image.check_overlap(host >> image.cluster_bits, count)
+        image.check_data_overlap(host >> image.cluster_bits, count)
         data = image.data
         if data.write_now(host, length, iov):
             return
@@ -230,7 +232,7 @@ class Writer:
         found.pins += 1
         try:
             if not allocated:
-                image.check_overlap(host >> image.cluster_bits, count)
+                image.check_data_overlap(host >> image.cluster_bits, count)
             try:
                 await self._fill(found, first, count, host, offset, length, iov, allocated)
             except OSError as exc:
@@ -241,7 +243,7 @@ class Writer:
                 await self._fill(found, first, count, host, offset, length, iov, allocated)
             self._link(found, first & (image.l2.slice_entries - 1), count, host, offset, length)
         except (OSError, asyncio.CancelledError):
-            if allocated:
+            if allocated and not image.external:
                 image.refcounts.release(host >> image.cluster_bits, count)
             raise
         finally:
@@ -266,6 +268,9 @@ class Writer:
     def drop(self, entry: int, kind: str) -> None:
         """The L2 entry does not refer to its cluster any more."""
         image = self.image
+        if image.external:
+            # Clusters of a data file have no counts.
+            return
         if entry & COMPRESSED:
             first, count = compression.clusters(entry, image.cluster_bits)
             self.unpacked.forget()
@@ -291,11 +296,17 @@ class Writer:
     ) -> None:
         """Write the guest's data and, before and after it in the first and last cluster, what was there."""
         image = self.image
-        # What lies beyond everything ever written is a hole in the file, which means zeroes unless it is decrypted.
-        fresh = host >= image.touched_end and not image.encrypted
-        end = host + (count << image.cluster_bits)
-        if end > image.touched_end:
-            image.touched_end = end
+        if image.external:
+            fresh = host >= image.data.length
+        else:
+            # What lies beyond everything ever written is a hole in the file.
+            fresh = host >= image.touched_end
+            end = host + (count << image.cluster_bits)
+            if end > image.touched_end:
+                image.touched_end = end
+        if image.encrypted:
+            # Zeroes on the disk are something else in the file.
+            fresh = False
         at = first & (image.l2.slice_entries - 1)
         start, stop = self._edges(found, at, count, offset, length, allocated)
         head = offset - start
@@ -316,7 +327,8 @@ class Writer:
             image.event("cow_write")
             if not fresh:
                 zeroes = (head if before is None else 0) + (tail if after is None else 0)
-                if zeroes >= _ZERO_CALL_FROM and self._zero_calls:
+                # A data file is kept sparse, as it may be used by itself.
+                if zeroes >= (1 if image.external else _ZERO_CALL_FROM) and self._zero_calls:
                     fresh = await self._zero_by_call(host, stop - start)
             if head and not (fresh and before is None):
                 iov = (iovs.zero_views(head) if before is None else [before]) + iov
@@ -325,7 +337,7 @@ class Writer:
             if tail and not (fresh and after is None):
                 iov = iov + (iovs.zero_views(tail) if after is None else [after])
                 length += tail
-        if host + head + length > image.data.length:
+        if host + head + length > image.data.length and not image.external:
             await image.reserve(host + head + length)
         if image.file.debug_event is not None:
             image.event("write_aio")
@@ -361,7 +373,7 @@ class Writer:
             return True
         if entry & ZERO:
             return False
-        if entry & OFFSET_MASK:
+        if entry & self.image.place_mask:
             return True
         backing = self.image.backing
         return backing is not None and offset < min(backing.length, self.image.node.length)
@@ -375,7 +387,7 @@ class Writer:
             plain = await self.unpacked.read(entry)
             return memoryview(plain)[within : within + length]
         data = memoryview(bytearray(length))
-        if entry & OFFSET_MASK:
+        if entry & image.place_mask:
             image.event("cow_read")
             await self._fetch((entry & OFFSET_MASK) + within, offset, data)
         else:

@@ -3,7 +3,7 @@
 One round is:
 
 1. refcounts (they only go up here), with the blocks and the table that hold them;
-2. a flush, which also makes the guest's data and copied-on-write data durable;
+2. a flush, which also makes the guest's data and copied-on-write data durable, in an external data file first;
 3. L2 tables, as they were when the round began, so that they refer only to what steps 1 and 2 brought to disk;
 4. a flush, if there are new L2 tables, and then the L1 entries that refer to them;
 5. a flush, if references were dropped: now nothing on disk refers to those clusters, so their counts go down (in
@@ -184,20 +184,22 @@ class WriteBack:
             await image.file.pwrite(image.header.l1_offset + indices[at] * 8, data.tobytes())
             at = end
 
+    def passes(self, kind: str) -> bool:
+        """Whether the space of clusters goes back that became free for a reason of this kind."""
+        settings = self.image.settings
+        return (
+            (kind == "request" and settings.discard_request)
+            or (kind == "snapshot" and settings.discard_snapshot)
+            or (kind == "other" and settings.discard_other)
+        )
+
     async def _apply_frees(self, frees: list[tuple[int, int, str]]) -> None:
         image = self.image
-        settings = image.settings
-        wanted = {
-            "request": settings.discard_request,
-            "snapshot": settings.discard_snapshot,
-            "other": settings.discard_other,
-            "never": False,
-        }
         for position, (first, count, kind) in enumerate(frees):
             image.event("cluster_free")
             try:
                 # The space goes back before the count goes down: a cluster that is free may be written to at once.
-                if wanted[kind]:
+                if self.passes(kind):
                     for start, n in await image.refcounts.last_references(first, count):
                         await self.discard(image.file, start << image.cluster_bits, n << image.cluster_bits)
                 await image.refcounts.decrease(first, count)
