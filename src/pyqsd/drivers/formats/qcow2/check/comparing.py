@@ -111,11 +111,18 @@ class DiskCounts:
 
     async def kinds(self, clusters: Ints) -> npt.NDArray[np.uint8]:
         """The same for some clusters. Raises OSError."""
-        found = np.zeros(len(clusters), np.uint8)
-        for number, where in await worked(clusters.nbytes, _groups, clusters, self.window_bits):
+        found = np.full(len(clusters), _OTHER, np.uint8)
+        for number, where in await worked(clusters.nbytes, self._groups, clusters):
             kinds = await self.kinds_of(number)
             found[where] = kinds[clusters[where] & ((1 << self.window_bits) - 1)]
         return found
+
+    def _groups(self, clusters: Ints) -> list[tuple[int, Ints]]:
+        """The clusters by window, but for those that have no refcount block."""
+        blocks = clusters >> self.block_bits
+        there = np.flatnonzero(blocks < len(self.table))
+        there = there[self.table[blocks[there]] != 0]
+        return [(number, there[where]) for number, where in grouped(clusters[there] >> self.window_bits)]
 
     async def all_one(self, first: int, count: int) -> bool:
         """Whether all of `count` clusters from `first` on have the refcount one. Raises OSError."""
@@ -128,10 +135,6 @@ class DiskCounts:
                 return False
             at = stop
         return True
-
-
-def _groups(clusters: Ints, bits: int) -> list[tuple[int, Ints]]:
-    return list(grouped(clusters >> bits))
 
 
 def windows(walk: Walk, disk: DiskCounts) -> list[tuple[int, int]]:

@@ -123,7 +123,7 @@ def plain_runs(layout: Layout, words: Ints, bitmaps: Ints | None, file_length: i
     for row in np.flatnonzero(good):
         table = words[row]
         # The last entry first: it is quick, and mostly decides.
-        if table[-1] - table[0] != (n - 1) * layout.size or not (np.diff(table) == layout.size).all():
+        if int(table[-1]) - int(table[0]) != (n - 1) * layout.size or not (np.diff(table) == layout.size).all():
             good[row] = False
     if bitmaps is not None:
         good &= ~((bitmaps >> 32 & bitmaps & ALL_ALLOCATED) != 0).any(axis=1)
