@@ -16,6 +16,7 @@ import time
 import traceback
 from pathlib import Path
 
+from tests.drivers.qcow2 import mangled, test_check, test_check_repair
 from tests.support import images
 from tests.support.daemon import DaemonProcess
 from tests.support.nbd import is_alive
@@ -75,7 +76,23 @@ def abuse(root: Path, seed: int) -> str:
     return "both protocols"
 
 
-PARTS = {"workload": workload, "storm": storm, "graph": graph, "crash": crash, "abuse": abuse}
+def check(root: Path, seed: int) -> str:
+    rng = random.Random(seed)
+    kind = rng.choice(list(mangled.KINDS))
+    workdir = root / "check"
+    workdir.mkdir()
+    mangled.make(workdir / "sound.qcow2", kind)
+    image = (workdir / "sound.qcow2").read_bytes()
+    for number in range(50):
+        data = bytearray(image)
+        what = mangled.damage(data, seed * 1000 + number)
+        (workdir / "damaged.qcow2").write_bytes(data)
+        test_check.compare(workdir / "damaged.qcow2", what)
+        test_check_repair.check_repair(workdir, kind, image, seed * 1000 + number, rng.choice(("all", "leaks")))
+    return kind
+
+
+PARTS = {"workload": workload, "storm": storm, "graph": graph, "crash": crash, "abuse": abuse, "check": check}
 
 
 def main(argv: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import random
@@ -22,7 +23,7 @@ from pyqsd.qapi.errors import Error
 from tests.support import images, peers
 from tests.system import mangle
 
-from . import mangled
+from . import encrypted, mangled
 from .support import opened, run
 
 FIELDS = (
@@ -125,6 +126,62 @@ def test_preallocated_tables(tmp_path: Path) -> None:
         file.seek(table + 8 * 9)
         file.write((entry).to_bytes(8, "big"))
     assert compare(path, "shared")
+
+
+@pytest.mark.parametrize("method", encrypted.METHODS)
+def test_encrypted(method: str, tmp_path: Path) -> None:
+    """The header of the encryption takes clusters, too."""
+    path = encrypted.make(tmp_path / "secret.qcow2", 4 << 20, method, cluster_size=4096)
+    peers.run("qemu-io", *encrypted.SECRET, "--image-opts", encrypted.image_opts(path, method), "-c", "write 0 100k")
+    with path.open("r+b") as file:
+        file.seek(48)
+        file.seek(int.from_bytes(file.read(8), "big"))
+        block = int.from_bytes(file.read(8), "big")
+        # Of the encryption header, where there is one, and of others.
+        file.seek(block + 2 * 5)
+        file.write(bytes(80))
+
+    def judge() -> dict[str, int]:
+        found = encrypted.check(path, method)
+        return {name: found.get(name, 0) for name in FIELDS}
+
+    async def look(repair: str) -> dict[str, int]:
+        graph = await encrypted.graph_with_secret()
+        async with opened(path, graph, encrypt=encrypted.key(method)) as node:
+            found = await node.driver.check(repair)
+            return {name: getattr(found, name.replace("-", "_")) for name in FIELDS}
+
+    assert run(look("none")) == judge()
+    assert judge()["corruptions"] > 20
+    assert run(look("all")) == judge()
+    assert not judge()["corruptions"]
+
+
+def test_others_are_served_meanwhile(tmp_path: Path) -> None:
+    path = images.create(tmp_path / "large.qcow2", "64G", "qcow2", "preallocation=metadata")
+    other = images.create(tmp_path / "other.qcow2", "1M")
+
+    async def main() -> None:
+        graph = Graph(EventBus())
+        async with opened(path, graph, read_only=True) as node, opened(other, graph, node_name="other") as second:
+            checking = asyncio.create_task(node.driver.check())
+            served = 0
+            while not checking.done():
+                await second.pwrite(0, b"x" * 4096)
+                await asyncio.sleep(0)
+                served += 1
+            assert served > 20
+            assert checking.result().allocated_clusters == 1 << 20
+            # One that is given up does no harm.
+            given_up = asyncio.create_task(node.driver.check())
+            for _ in range(5):
+                await asyncio.sleep(0)
+            given_up.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await given_up
+            assert not (await node.driver.check()).findings
+
+    run(main())
 
 
 def test_file_too_large(tmp_path: Path) -> None:

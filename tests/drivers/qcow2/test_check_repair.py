@@ -139,7 +139,6 @@ def check_repair(root: Path, kind: str, image: bytes, seed: int, what: str) -> b
 
 #: What we leave alone, and qemu-img does not always: tables that look like somebody's data.
 NOT_REPAIRED = {
-    "incomplete entries of the snapshot table",
     "L2 tables that are not aligned to clusters",
     "wrong flags COPIED in L2 tables",
 }
@@ -181,6 +180,38 @@ def test_numbers_of_a_repair(sound: Any, tmp_path: Path) -> None:
     assert images.read_all(tmp_path / "mine", "qcow2", tmp_path / "r") == images.read_all(
         tmp_path / "other", "qcow2", tmp_path / "r"
     )
+
+
+def test_incomplete_snapshot_table(sound: Any, tmp_path: Path) -> None:
+    """Entries without the size of the disk get one, in a new table."""
+    image = bytearray(sound("snapshots"))
+    table = int.from_bytes(image[64:72], "big")
+    entries = bytearray()
+    at = table
+    for _ in range(int.from_bytes(image[60:64], "big")):
+        id_size, name_size = struct.unpack_from(">HH", image, at + 12)
+        extra = int.from_bytes(image[at + 36 : at + 40], "big")
+        struct.pack_into(">I", image, at + 36, 8)
+        names = image[at + 40 + extra : at + 40 + extra + id_size + name_size]
+        entry = image[at : at + 48] + names
+        entries += entry + bytes(-len(entry) % 8)
+        at += -(-(40 + extra + id_size + name_size) // 8) * 8
+    image[table : table + 4096] = entries.ljust(4096, b"\0")
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image)
+    assert judged(path) is not None
+    other = tmp_path / "other.qcow2"
+    other.write_bytes(image)
+    theirs = judged(other, "-r", "all")
+    assert theirs is not None
+    found = repaired(path, "all")
+    assert found is not None
+    assert (found.corruptions, found.corruptions_fixed) == (0, 3) == (0, theirs["corruptions-fixed"])
+    images.assert_clean(path)
+    assert [one["name"] for one in images.info(path)["snapshots"]] == ["s0", "s1", "s2"]
+    for name in ("s0", "s2"):
+        peers.run("qemu-img", "snapshot", "-a", name, path)
+    images.assert_clean(path)
 
 
 def test_image_marked_as_corrupt(sound: Any, tmp_path: Path) -> None:

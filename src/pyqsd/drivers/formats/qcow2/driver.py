@@ -639,6 +639,8 @@ class Qcow2(Driver):
         if self.options.x_snapshot is not None:
             raise Error("A node that shows a snapshot cannot be checked", errno.ENOTSUP)
         image.check_usable()
+        if self.options.x_snapshot is not None:
+            raise Error("A node that shows an internal snapshot cannot be checked", errno.ENOTSUP)
         await self._complete()
         if repair == "none":
             return await checking.check(image)

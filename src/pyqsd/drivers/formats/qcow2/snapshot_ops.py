@@ -90,7 +90,7 @@ async def create(image: Image, name: str, vm_state_size: int = 0) -> Snapshot:
                 made.l1_offset = first << bits
                 await _write_l1(image, made.l1_offset, clusters, array("Q", (entry & ~COPIED for entry in l1)))
             await _write_active_l1(image, await bulk.correct_flags(image, l1, none=True))
-            await _replace_table(image, [*image.snapshots, made])
+            await replace_table(image, [*image.snapshots, made])
         except BaseException:
             if not image.broken:
                 progress.sound = False
@@ -111,7 +111,7 @@ async def delete(image: Image, one: Snapshot) -> None:
         raise from_oserror(exc, "Failed to free the cluster and L1 table") from exc
     async with _counting(image) as progress:
         try:
-            await _replace_table(image, [other for other in image.snapshots if other is not one])
+            await replace_table(image, [other for other in image.snapshots if other is not one])
         except OSError as exc:
             raise from_oserror(exc, "Failed to remove snapshot from snapshot list") from exc
         progress.sound = False
@@ -220,7 +220,7 @@ async def _write_active_l1(image: Image, table: array[int]) -> None:
         await image.file.pwrite(image.header.l1_offset, data.tobytes())
 
 
-async def _replace_table(image: Image, table: list[Snapshot]) -> None:
+async def replace_table(image: Image, table: list[Snapshot]) -> None:
     """Write a snapshot table to a new place, and make it the valid one. Raises OSError, Error."""
     header, bits = image.header, image.cluster_bits
     old_first = header.snapshots_offset >> bits

@@ -22,11 +22,13 @@ def start(image: Image) -> CheckResult:
         raise OSError(errno.EFBIG, "File too large")
     result = CheckResult()
     result.total_clusters = ((image.header.size & ~511) + image.cluster_mask) >> image.cluster_bits
-    if image.header.version >= 3:
-        # The size of the disk is an optional field in version 2 only.
-        incomplete = sum(one.disk_size is None for one in image.snapshots)
-        result.corrupt("incomplete entries of the snapshot table", incomplete)
+    result.corrupt("incomplete entries of the snapshot table", incomplete_snapshots(image))
     return result
+
+
+def incomplete_snapshots(image: Image) -> int:
+    """How many entries of the snapshot table lack the size of the disk, which is optional in version 2 only."""
+    return sum(one.disk_size is None for one in image.snapshots) if image.header.version >= 3 else 0
 
 
 async def check(image: Image) -> CheckResult:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 async def rebuild(image: Image, references: References, order: int) -> None:
     """Write refcount structures of ``1 << order`` bits for `references`, which hold everything but the old structures,
     and switch over to them. What the image has of refcounts in memory is not valid afterwards. Raises OSError."""
-    header, bits, size = image.header, image.cluster_bits, image.cluster_size
+    bits, size = image.cluster_bits, image.cluster_size
     block_bits = bits + 3 - order
     start = max((image.file.length + size - 1) >> bits, references.last() + 1)
     used = references.used_blocks(block_bits)
@@ -52,9 +52,9 @@ async def rebuild(image: Image, references: References, order: int) -> None:
     await image.file.pwrite(place, table.astype(">i8").tobytes())
     # Before the header refers to them.
     await image.file.flush()
-    async with image.changed_header(reftable_offset=place, reftable_clusters=table_clusters, refcount_order=order):
-        await image.file.pwrite(*headers.refcount_fields(header))
-        await image.file.flush()
+    await image.switch_header(
+        headers.refcount_fields, reftable_offset=place, reftable_clusters=table_clusters, refcount_order=order
+    )
 
 
 def _plan(used: list[int], start: int, size: int, block_bits: int) -> tuple[Ints, int]:

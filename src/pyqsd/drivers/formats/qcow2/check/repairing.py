@@ -5,22 +5,24 @@ What is on disk is put right in an order in which a crash leaves the image no wo
 1. L2 entries that say something twice, of which one part is harmless;
 2. refcounts, in place if the blocks are sound, else as new structures (see `rebuilding`); flush;
 3. the flags COPIED ("the refcount is exactly one") of the active tables, by the refcounts that are on disk now; flush;
-4. the marks "dirty" and "corrupt" go, if nothing is wrong any more.
+4. the snapshot table is written anew, elsewhere, if some of its entries are incomplete;
+5. the marks "dirty" and "corrupt" go, if nothing is wrong any more.
 """
 
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from pyqsd.block.image_check import CheckResult
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2 import opening
+from pyqsd.drivers.formats.qcow2 import opening, snapshot_ops
 from pyqsd.drivers.formats.qcow2.check import counting, l2
 from pyqsd.drivers.formats.qcow2.check.arrays import encode_counts, read_entries, worked
-from pyqsd.drivers.formats.qcow2.check.checking import check, start
+from pyqsd.drivers.formats.qcow2.check.checking import check, incomplete_snapshots, start
 from pyqsd.drivers.formats.qcow2.check.comparing import DiskCounts, compare, windows, wrong_flags
 from pyqsd.drivers.formats.qcow2.check.counting import Walk
 from pyqsd.drivers.formats.qcow2.check.rebuilding import rebuild
@@ -54,6 +56,14 @@ async def check_and_repair(image: Image, everything: bool) -> CheckResult:
         if not result.leaks and not (everything and result.findings[counting.TOO_LOW]):
             break
     assert before is not None
+    if everything and incomplete_snapshots(image) and not result.findings[counting.TOO_LOW] and not result.check_errors:
+        # Refcounts are right, so that there is a place for a new table.
+        size = image.header.size
+        table = [one if one.disk_size is not None else replace(one, disk_size=size) for one in image.snapshots]
+        await snapshot_ops.replace_table(image, table)
+        while image.writeback.needed:
+            await image.writeback.run(refcounts=True)
+        result = await check(image)
     result.corruptions_fixed = max(0, before.corruptions - result.corruptions)
     result.leaks_fixed = max(0, before.leaks - result.leaks)
     if not result.corruptions and not result.check_errors:
