@@ -412,3 +412,60 @@ def test_a_lock_of_another_program_changes_nothing_anywhere(tmp_path: Path) -> N
         reader.remove()
 
     run(test)
+
+
+# --- inactive nodes --------------------------------------------------------------------------------------------------
+
+
+def test_activation_that_fails_can_be_tried_again(tmp_path: Path) -> None:
+    async def test(commands: Commands) -> None:
+        graph = commands.graph
+        await images(commands, tmp_path, "disk")
+        backend = BlockBackend(graph, "user", perms.CONSISTENT_READ | perms.WRITE, perms.ALL)
+        backend.allow_inactive = True
+        backend.insert(graph.nodes["disk"])
+        await backend.pwritev(0, 4, [memoryview(b"data")])
+        await commands("blockdev-set-active", node_name="disk", active=False)
+        before = picture(graph)
+        path = tmp_path / "disk.qcow2"
+        good = path.read_bytes()
+        path.write_bytes(b"X" + good[1:])
+        message = await commands.refused("blockdev-set-active", node_name="disk", active=True)
+        assert message == "Could not reopen qcow2 layer: Image is not in qcow2 format"
+        assert graph.nodes["disk-file"].active
+        assert not graph.nodes["disk"].active
+        assert backend.suspended
+        with pytest.raises(OSError, match="read-only"):
+            await backend.pwritev(0, 4, [memoryview(b"more")])
+        path.write_bytes(good)
+        await commands("blockdev-set-active", node_name="disk-file", active=False)
+        assert picture(graph) == before
+        await commands("blockdev-set-active", active=True)
+        await backend.pwritev(4, 4, [memoryview(b"more")])
+        assert bytes(await graph.nodes["disk"].pread(0, 8)) == b"datamore"
+        backend.remove()
+
+    run(test)
+
+
+def test_an_error_while_a_node_becomes_inactive_leaves_it_active(tmp_path: Path) -> None:
+    async def test(commands: Commands) -> None:
+        graph = commands.graph
+        await images(commands, tmp_path, "disk")
+        node = graph.nodes["disk"]
+        await node.pwrite(0, b"data")
+        before = picture(graph)
+        flush = node.driver.inactivate
+
+        async def fail() -> None:
+            raise OSError(28, "full")
+
+        node.driver.inactivate = fail  # type: ignore[method-assign]
+        message = await commands.refused("blockdev-set-active", node_name="disk", active=False)
+        assert message == "Failed to inactivate node: No space left on device"
+        assert picture(graph) == before
+        node.driver.inactivate = flush  # type: ignore[method-assign]
+        await commands("blockdev-set-active", node_name="disk", active=False)
+        assert not node.active
+
+    run(test)

@@ -96,6 +96,11 @@ def read(offset: int = 0, length: int = 512) -> Any:
     return lambda client: client.pread(offset, length).hex()
 
 
+def overwrite(path: Path, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.write(data)
+
+
 SESSIONS = [
     Session(
         "x-blockdev-change",
@@ -486,6 +491,77 @@ SESSIONS = [
             reopen({"driver": "raw", "node-name": "r", "file": file("raw.img")}),
         ],
         images=("raw.img", "plain.qcow2", "base.qcow2", "mid.qcow2"),
+    ),
+    Session(
+        "inactive-filter",
+        [
+            add(driver="blkdebug", node_name="bd", image=file("raw.img"), active=False),
+            *SHOW,
+            active(True, "bd"),
+            *SHOW,
+            add(driver="raw", node_name="x", file="bd", active=False),
+            *SHOW,
+            active(False, "bd"),
+            active(True, "x"),
+            *SHOW,
+            active(False),
+            *SHOW,
+        ],
+        images=("raw.img",),
+    ),
+    Session(
+        "activate-what-is-no-image",
+        [
+            qcow2("q", "plain.qcow2", active=False),
+            Do("overwrite", lambda c: overwrite(c.workdir / "plain.qcow2", b"XXXX")),
+            active(True, "q"),
+        ],
+        images=("plain.qcow2",),
+    ),
+    Session(
+        "filters-between",
+        [
+            add(driver="file", node_name="f", filename="plain.qcow2"),
+            add(driver="blkdebug", node_name="bd", image="f"),
+            add(driver="qcow2", node_name="q", file="bd"),
+            *SHOW,
+            change(parent="bd", child="image"),
+            change(parent="bd", node="f"),
+            reopen({"driver": "qcow2", "node-name": "q", "file": "f"}),
+            *SHOW,
+            reopen({"driver": "qcow2", "node-name": "q", "file": "bd"}),
+            *SHOW,
+            null("n", size=1 << 20),
+            reopen({"driver": "blkdebug", "node-name": "bd", "image": "bd"}),
+            reopen({"driver": "blkdebug", "node-name": "bd", "image": "n"}),
+            reopen({"driver": "blkdebug", "node-name": "bd", "image": "f", "align": 512}),
+            reopen({"driver": "blkdebug", "node-name": "bd", "image": "f", "read-only": True}),
+            reopen({"driver": "blkdebug", "node-name": "bd", "image": "f", "config": "x"}),
+            *SHOW,
+        ],
+        images=("plain.qcow2",),
+    ),
+    Session(
+        "snapshot-of-filter",
+        [
+            add(driver="file", node_name="f", filename="raw.img"),
+            add(driver="blkdebug", node_name="bd", image="f"),
+            NBD_START,
+            export("e", "bd", writable=True),
+            add(driver="qcow2", node_name="o", file=file("rawback.qcow2"), backing=None),
+            snap("bd", "o"),
+            *SHOW,
+            qcow2("o2", "rb1.qcow2"),
+            add(driver="blkdebug", node_name="bd2", image="o2"),
+            snap("o", "bd2"),
+            snap("o", "o2"),
+            *SHOW,
+            cmd("block_resize", node_name="o", size=8 << 20),
+            cmd("block_resize", node_name="bd", size=8 << 20),
+            sync(node_name="o2", snapshot_file="x.qcow2", snapshot_node_name="x"),
+            *SHOW,
+        ],
+        images=("raw.img", "rawback.qcow2", "rb1.qcow2"),
     ),
 ]
 

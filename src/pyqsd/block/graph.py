@@ -348,8 +348,9 @@ def apply_options(node: Node, options: BlockdevOptions, parent: Node | None, rol
         no_flush = parent.no_flush if no_flush is None else no_flush
         force_share = parent.force_share if force_share is None else force_share
         discard = BlockdevDiscardOptions.UNMAP if discard is None else discard
-        # QSD opens the main child before it looks at its parent's own `active`.
-        node.inherits_active = parent.inherits_active if role & ROLE_PRIMARY else parent.active
+        # QSD opens the child called `file` before it looks at its parent's own `active`.
+        first = role & ROLE_PRIMARY and hasattr(parent.options, "file")
+        node.inherits_active = parent.inherits_active if first else parent.active
         if role & ROLE_COW:
             read_only = True if read_only is None else read_only
             auto_read_only = False if auto_read_only is None else auto_read_only

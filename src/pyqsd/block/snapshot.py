@@ -54,6 +54,8 @@ class SnapshotAction(action.Action):
         if graph_perms.cumulative(overlay)[0] & perms.CONSISTENT_READ:
             # Somebody relies on what it contains now; who only writes does not.
             raise Error("The overlay is already in use")
+        if overlay.driver.is_filter:
+            raise Error("Filters cannot be used as overlays")
         if overlay.driver.backing is not None:
             raise Error("The overlay already has a backing image")
         if not overlay.driver.supports_backing:
