@@ -179,7 +179,7 @@ async def _prepare(
         if child.name in item.replaced or child.node in work.explicit or not _inherits(node, child):
             continue
         ref = children.get(child.name)
-        if ref is None:
+        if ref is None and not work.keep_children:
             raise Error("Option 'driver' cannot be reset to its default value")
         inner = ref if isinstance(ref, BlockdevOptions) else child.node.options
         await _prepare(work, child.node, inner, item, child.role, not isinstance(ref, BlockdevOptions))
