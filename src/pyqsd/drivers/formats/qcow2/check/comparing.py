@@ -166,16 +166,16 @@ def _compare(walk: Walk, disk: DiskCounts, number: int, count: int, counts: Coun
     if len(unknown):
         base = number << (disk.window_bits - disk.block_bits)
         known.reshape(-1, 1 << disk.block_bits)[unknown - base] = False
-        walk.rebuild = True
+        walk.broken = True
         result.failed("clusters whose refcount cannot be read", count - int(np.count_nonzero(known[:count])))
     known = known[:count]
     less, more = known & (have < want), known & (have > want)
     result.corrupt(counting.TOO_LOW, int(np.count_nonzero(less)))
     result.leaked(int(np.count_nonzero(more)))
-    if less.any() and not walk.rebuild:
+    if less.any() and not walk.missing:
         # Where there is no block, there is nothing to put right in place.
         blocks = np.unique(np.flatnonzero(less) >> disk.block_bits) + (first >> disk.block_bits)
-        walk.rebuild = bool((disk.table[blocks[blocks < len(disk.table)]] == 0).any() or blocks[-1] >= len(disk.table))
+        walk.missing = bool((disk.table[blocks[blocks < len(disk.table)]] == 0).any() or blocks[-1] >= len(disk.table))
     used = np.flatnonzero(known & ((have != 0) | (want != 0)))
     return first + int(used[-1]) if len(used) else 0
 

@@ -74,7 +74,8 @@ class Walk:
         )
         self.active: list[tuple[Ints, Ints, Ints, Ints]] = []
         self.fixable: list[tuple[int, int]] = []
-        self.rebuild = False
+        self.broken = False
+        self.missing = False
         self._fix = fix
         self._fixed: list[tuple[int, bytes]] = []
         self._pending: list[tuple[Ints, Ints, bool]] = []
@@ -291,7 +292,7 @@ class Walk:
         if references.maximum > 1:
             # Else they have been counted as references that did not fit.
             result.corrupt("refcount blocks that are not the only user of their cluster", int(shared.sum()))
-        self.rebuild = bool(reserved.any() or unaligned.any() or outside.any() or shared.any())
+        self.broken = bool(reserved.any() or unaligned.any() or outside.any() or shared.any())
 
 
 def _merged(found: list[tuple[Ints, Ints, bool]]) -> tuple[Ints, Ints, Ints]:

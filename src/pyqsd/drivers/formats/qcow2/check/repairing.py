@@ -28,6 +28,7 @@ from pyqsd.drivers.formats.qcow2.check.counting import Walk
 from pyqsd.drivers.formats.qcow2.check.rebuilding import rebuild
 from pyqsd.drivers.formats.qcow2.refcounts import Refcounts
 from pyqsd.drivers.formats.qcow2.tables import COPIED, OFFSET_MASK
+from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.check.arrays import Counts, Ints
@@ -143,7 +144,9 @@ async def repair(image: Image, everything: bool, strict: bool) -> CheckResult:
                 raise OSError(errno.EIO, f"There are {what}")
     disk = await DiskCounts.read(image)
     await compare(walk, disk)
-    if walk.rebuild and everything:
+    if not everything and walk.broken:
+        raise Error('Refcount blocks are broken: only "all" can be repaired', errno.EIO)
+    if everything and (walk.broken or walk.missing):
         fresh = Walk(image, CheckResult())
         await fresh.everything()
         await rebuild(image, fresh.references, image.header.refcount_order)
@@ -151,7 +154,8 @@ async def repair(image: Image, everything: bool, strict: bool) -> CheckResult:
         await _write_counts(walk, disk, everything)
         # Before flags that rely on them.
         await image.file.flush()
-    if everything:
+    if everything or not (result.corruptions or result.check_errors):
+        # Right counts make the flags safe to correct.
         disk = await DiskCounts.read(image)
         await _write_flags(walk, disk)
         await image.file.flush()
