@@ -19,6 +19,7 @@ from pyqsd.block.options import BlockdevOptions
 from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
+    from pyqsd.block.amend import BlockdevAmendOptions
     from pyqsd.block.child import Child
     from pyqsd.block.create import BlockdevCreateOptions
     from pyqsd.block.graph import Graph
@@ -136,6 +137,16 @@ class Driver:
         """Make a new image as `options` (of the type `create_options`) say. All that can be checked is checked before
         anything is overwritten. Raises Error, OSError."""
         raise Error("Driver does not support blockdev-create", errno.ENOTSUP)
+
+    @classmethod
+    def amend_options(cls) -> type[BlockdevAmendOptions] | None:
+        """The options struct of ``x-blockdev-amend``, or None if images of this driver cannot be changed."""
+        return None
+
+    async def amend(self, options: Any, force: bool) -> None:
+        """Change the image as `options` (of the type `amend_options`) say; `force`: also if nobody can read it any more
+        afterwards. Raises Error, OSError."""
+        raise Error("Driver does not support x-blockdev-amend", errno.ENOTSUP)
 
     @classmethod
     def probe(cls, buf: bytes, filename: str) -> int:

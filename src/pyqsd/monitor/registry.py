@@ -17,6 +17,7 @@ MODULES = (
     "pyqsd.block.events",
     "pyqsd.jobs.commands",
     "pyqsd.jobs.create",
+    "pyqsd.jobs.amend",
     "pyqsd.exports.commands",
     "pyqsd.exports.nbd.commands",
     "pyqsd.qom.commands",

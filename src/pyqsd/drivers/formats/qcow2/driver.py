@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pyqsd.block import graph_perms
 from pyqsd.block import iov as iovs
 from pyqsd.block import permissions as perms
+from pyqsd.block.backend import BlockBackend
 from pyqsd.block.driver import MAY_UNMAP, NO_FALLBACK, ROLE_COW, ROLE_IMAGE, Driver, Limits
 from pyqsd.block.extents import ALLOCATED, COMPRESSED, DATA, DRIVER, OFFSET_VALID, RECURSE, ZERO, Extent
 from pyqsd.drivers.formats.qcow2 import extended, info, opening, tables
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from pyqsd.block.image_check import CheckResult
     from pyqsd.block.info import SnapshotInfo
     from pyqsd.block.node import Node
+    from pyqsd.drivers.formats.qcow2.amend_options import AmendOptions
     from pyqsd.drivers.formats.qcow2.create_options import CreateOptions
     from pyqsd.drivers.formats.qcow2.encryption import Access, Encryption
     from pyqsd.drivers.formats.qcow2.image import Image
@@ -730,6 +732,44 @@ class Qcow2(Driver):
             name = self.node.name
             print(f"Lost persistent bitmaps during inactivation of node '{name}': {text}", file=sys.stderr)
 
+    # --- amending ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def amend_options(cls) -> type[AmendOptions]:
+        from pyqsd.drivers.formats.qcow2.amend_options import AmendOptions
+
+        return AmendOptions
+
+    async def amend(self, options: AmendOptions, force: bool) -> None:
+        from pyqsd.drivers.formats.qcow2 import amend
+
+        image, node = self.image, self.node
+        if not amend.wanted(options):
+            return
+        amend.check(image, options, self.options)
+        perm = perms.CONSISTENT_READ | perms.WRITE | (perms.RESIZE if options.size is not None else 0)
+        backend = BlockBackend(node.graph, f"the amendment of node '{node.name}'", perm, perms.ALL)
+        backend.insert(node)
+        try:
+            if not self._ready:
+                await self._prepare_write()
+            if options.encrypt is not None:
+                assert self._encryption is not None
+                secret = self.options.encrypt.key_secret
+                await amend.amend_key_slots(image, self._encryption, options.encrypt, secret, force)
+            async with node.graph.drained(node), image.operation_lock:
+                await self._complete()
+                try:
+                    await image.uncancelled(amend.amend_image(image, self._writer, self._unmapper, options))
+                finally:
+                    await image.tasks_done()
+                    self._forget()
+                    self._use_size()
+                if options.size is not None:
+                    await node.truncate(options.size)
+        finally:
+            backend.remove()
+
     # --- snapshots ------------------------------------------------------------------------------------------------
 
     def snapshot_list(self) -> list[SnapshotInfo]:
@@ -776,9 +816,13 @@ class Qcow2(Driver):
             try:
                 await image.uncancelled(operation())
             finally:
-                self._unpacked.forget()
-                self._last_key = -1
-                self._preallocated = None
+                self._forget()
+
+    def _forget(self) -> None:
+        """The tables were changed by other than a request."""
+        self._unpacked.forget()
+        self._last_key = -1
+        self._preallocated = None
 
     # --- reopening ---------------------------------------------------------------------------------------------------
 

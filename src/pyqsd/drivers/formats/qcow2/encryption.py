@@ -317,7 +317,7 @@ class _Encrypting(Writer):
         finally:
             self.finished(request)
 
-    async def _store(self, host: int, guest: int, length: int, iov: list[memoryview], flags: int) -> None:
+    async def store(self, host: int, guest: int, length: int, iov: list[memoryview], flags: int) -> None:
         await self._encryption.write(self.image.data, host, guest, length, iov, flags)
 
     async def _fetch(self, host: int, guest: int, view: memoryview) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from pyqsd.block.options import BlockdevOptions, BlockdevRef, BlockdevRefOrNull
 from pyqsd.drivers.formats.qcow2.header import Header
@@ -45,17 +45,22 @@ class BlockdevQcow2EncryptionFormat(StrEnum):
 
 
 class BlockdevQcow2Encryption(Struct, tag_field="format", tag="pyqsd-base"):
-    """The key of an encrypted image. `key_secret`: id of the secret object."""
+    """The key of an encrypted image; all branches have the member `key_secret`, the id of the secret object."""
 
-    key_secret: str | None = None
+    if TYPE_CHECKING:
+        key_secret: str | None
 
 
 class QCryptoBlockOptionsQCow(BlockdevQcow2Encryption, tag="aes"):
     """The key."""
 
+    key_secret: str | None = None
+
 
 class QCryptoBlockOptionsLUKS(BlockdevQcow2Encryption, tag="luks"):
     """A passphrase of a key slot."""
+
+    key_secret: str | None = None
 
 
 Qcow2OverlapChecks = Annotated[Qcow2OverlapCheckFlags | Qcow2OverlapCheckMode, Alternate("Qcow2OverlapChecks")]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pyqsd.block.extents import DATA
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2.tables import ALL_ALLOCATED, ALL_ZERO, COPIED, OFFSET_MASK, ZERO
+from pyqsd.drivers.formats.qcow2.tables import ALL_ALLOCATED, COPIED, OFFSET_MASK
 from pyqsd.qapi.errors import Error, from_oserror
 
 if TYPE_CHECKING:
@@ -121,12 +121,12 @@ async def _zero_new(image: Image, writer: Writer, unmapper: Unmapper, old: int, 
                 await unmapper.zero(start, end - start, 0)
             elif image.backing is not None:
                 # Version 2 can only say so with data.
-                await _write_zeroes(writer, start, length)
+                await write_zeroes(writer, start, length)
     except OSError as exc:
         raise _prefixed("Failed to zero out new clusters", exc) from exc
     try:
         if old < start:
-            await _write_zeroes(writer, old, start)
+            await write_zeroes(writer, old, start)
     except OSError as exc:
         raise _prefixed("Failed to zero out the new area", exc) from exc
 
@@ -136,12 +136,13 @@ async def _clear_tail(image: Image, writer: Writer, start: int, end: int) -> Non
     try:
         _, flags, _, _ = await image.node.driver.load_map(start, 1)
         if flags & DATA:
-            await _write_zeroes(writer, start, end)
+            await write_zeroes(writer, start, end)
     except OSError as exc:
         raise _prefixed("Failed to zero out the new area", exc) from exc
 
 
-async def _write_zeroes(writer: Writer, start: int, end: int) -> None:
+async def write_zeroes(writer: Writer, start: int, end: int) -> None:
+    """Make the range ordinary clusters full of zeroes. Raises OSError."""
     from pyqsd.block import iov as iovs
 
     while start < end:
@@ -165,10 +166,9 @@ async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode
             index = at & (l2.slice_entries - 1)
             count = min(stop - at, l2.slice_entries - index)
             entries = found.entries[:: l2.words]
-            if entries[index] & OFFSET_MASK or (image.encrypted and image.header.version < 3):
-                # Left over beyond the old end; it must read as zeroes now. Or what is new in the file would not do so
-                # once it is decrypted, and version 2 has no other way to say that it shall.
-                await _write_zeroes(writer, at << bits, (at + 1) << bits)
+            if entries[index] & OFFSET_MASK:
+                # Left over beyond the old end; it must read as zeroes now.
+                await write_zeroes(writer, at << bits, (at + 1) << bits)
                 at += 1
                 continue
             taken = next((n for n in range(count) if entries[index + n] & OFFSET_MASK), count)
@@ -193,12 +193,10 @@ async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode
                 error = exc.prefixed("Failed to resize underlying file: ")
             raise error from exc
         found = await l2.load_for_write(at << bits >> l2.slice_shift)
-        # Zeroes in the file are none once they are decrypted.
-        zero = ZERO if image.encrypted and l2.words == 1 else 0
         for position in range(got):
-            found.entries[(index + position) * l2.words] = (first + position) << bits | COPIED | zero
+            found.entries[(index + position) * l2.words] = (first + position) << bits | COPIED
             if l2.words == 2:
-                found.entries[(index + position) * 2 + 1] = ALL_ZERO if image.encrypted else ALL_ALLOCATED
+                found.entries[(index + position) * 2 + 1] = ALL_ALLOCATED
         l2.touched(found, index, index + got)
         image.barrier = True
         at += got

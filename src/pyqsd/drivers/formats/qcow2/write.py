@@ -341,9 +341,9 @@ class Writer:
             await image.reserve(host + head + length)
         if image.file.debug_event is not None:
             image.event("write_aio")
-        await self._store(host + head, start + head, length, iov, BACKGROUND if length >= _BACKGROUND_FROM else 0)
+        await self.store(host + head, start + head, length, iov, BACKGROUND if length >= _BACKGROUND_FROM else 0)
 
-    async def _store(self, host: int, guest: int, length: int, iov: list[memoryview], flags: int) -> None:
+    async def store(self, host: int, guest: int, length: int, iov: list[memoryview], flags: int) -> None:
         """Write the content of new clusters to the offset `host` of the data file; `guest` is that on the disk."""
         data = self.image.data
         if flags or not data.write_now(host, length, iov):
