@@ -140,9 +140,12 @@ class Graph:
 
     @asynccontextmanager
     async def using(self, ref: BlockdevRef) -> AsyncIterator[Node]:
-        """The node that `ref` describes, opened for this block if it is no existing one. Who uses it attaches to it.
-        Raises Error."""
-        node = self.find(ref) if isinstance(ref, str) else await self._open(ref, None, 0)
+        """The node that `ref` describes, opened for this block if it is no existing one. It may be deleted by others as
+        long as it has no other user. Raises Error."""
+        if isinstance(ref, str):
+            yield self.find(ref)
+            return
+        node = await self._open(ref, None, 0)
         try:
             yield node
         finally:

@@ -268,6 +268,9 @@ async def _set_up_encryption(graph: Graph, header: headers.Header, how: QCryptoB
 
 
 def _use(stack: AsyncExitStack, graph: Graph, node: Node) -> BlockBackend:
+    if not node.opened:
+        # It was deleted meanwhile.
+        raise Error(f"Cannot find device='{node.name}' nor node-name='{node.name}'")
     backend = BlockBackend(graph, "an unnamed block device", perms.WRITE | perms.RESIZE, perms.ALL)
     backend.insert(node)
     stack.callback(backend.remove)
@@ -303,12 +306,15 @@ class _Creation:
         else:
             plan(*arguments)
         first_cluster = _header_bytes(self._header, layout)
-        # First the old header goes, and with it all that could show through in the new image: from here on to the last
-        # step, what is in the file is no image at all, rather than a mixture of two.
-        begin = min(old, layout.end << layout.cluster_bits)
-        if begin:
-            await self._named("Could not write qcow2 header", target.pwrite_zeroes(0, begin, MAY_UNMAP))
-            await target.flush()
+        # First, on disk, the old header goes, and then all that could show through in the new image: from here on to
+        # the last step, what is in the file is no image at all, rather than a mixture of two.
+        end = min(old, layout.end << layout.cluster_bits)
+        head = min(end, layout.cluster_size)
+        for start, stop in ((0, head), (head, end)):
+            if start < stop:
+                zeroes = target.pwrite_zeroes(start, stop - start, MAY_UNMAP)
+                await self._named("Could not write qcow2 header", zeroes)
+                await self._named("Could not write qcow2 header", target.flush())
         await self._resize(old)
         await self._write(self._layout.table_pieces(), "Could not write refcount table")
         if layout.l2:
@@ -320,8 +326,8 @@ class _Creation:
         # The header refers to what is on disk now.
         await self._named("Could not write qcow2 header", target.pwrite(0, first_cluster))
         await target.flush()
-        start = bytes(await target.node.pread(0, headers.V2_HEADER_BYTES))
-        if headers.probe(start) == 0:
+        read = bytes(await target.node.pread(0, headers.V2_HEADER_BYTES))
+        if headers.probe(read) == 0:
             # Whatever is written to this node, it is not what is read.
             raise Error("Image is not in qcow2 format", errno.EINVAL)
 
