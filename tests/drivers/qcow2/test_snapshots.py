@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import random
 from pathlib import Path
@@ -461,3 +463,33 @@ def test_in_a_running_image_caches_are_right() -> None:
         await close(node)
 
     run(main())
+
+
+@pytest.mark.parametrize("after", range(0, 120, 7))
+def test_cancelled(tmp_path: Path, after: int) -> None:
+    """Whoever is cancelled leaves only when the operation is over, so that no request comes in between."""
+
+    async def main() -> bytes:
+        node, below = await open_logged(empty_image(MiB, cluster_size=4096))
+        model = Model(node, 1)
+        await model.workload(10, 1, 60_000)
+        task = asyncio.get_running_loop().create_task(take(node, "one"))
+        for _ in range(after):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        ended = len(below.log)
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(below.log) == ended
+        await model.workload(10, 1, 60_000)
+        await model.verify()
+        await close(node)
+        return bytes(below.data)
+
+    path = tmp_path / "disk"
+    path.write_bytes(run(main()))
+    images.assert_clean(path)

@@ -702,7 +702,7 @@ class Qcow2(Driver):
         if not self._ready:
             await self._prepare_write()
         async with image.operation_lock:
-            await image.uncancelled(bitmaps.remove(image, name))
+            await image.to_the_end(bitmaps.remove(image, name))
 
     async def _store_bitmaps(self) -> list[DirtyBitmap]:
         """Bring persistent bitmaps into the image. Raises OSError, Error."""
@@ -721,7 +721,7 @@ class Qcow2(Driver):
         if not self._ready:
             await self._prepare_write()
         async with image.operation_lock:
-            await image.uncancelled(store())
+            await image.to_the_end(store())
         return stored
 
     async def _store_bitmaps_or_say_so(self) -> None:
@@ -814,7 +814,7 @@ class Qcow2(Driver):
             await self._prepare_write()
         async with image.operation_lock:
             try:
-                await image.uncancelled(operation())
+                await image.to_the_end(operation())
             finally:
                 self._forget()
 

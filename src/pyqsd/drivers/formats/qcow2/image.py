@@ -282,6 +282,20 @@ class Image:
         task.add_done_callback(self._task_done)
         await asyncio.shield(task)
 
+    async def to_the_end(self, coro: Coroutine[Any, Any, None]) -> None:
+        """Run `coro`, and return when it has ended, even if the caller is cancelled: what it relies on (no requests in
+        flight, the node being open) holds as long as the caller is here. The cancellation is passed on after it."""
+        task = asyncio.get_running_loop().create_task(coro)
+        cancelled = None
+        while not task.done():
+            try:
+                await asyncio.wait([task])
+            except asyncio.CancelledError as exc:
+                cancelled = exc
+        if cancelled is not None and not task.cancelled() and task.exception() is None:
+            raise cancelled
+        task.result()
+
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
