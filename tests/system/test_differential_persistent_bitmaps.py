@@ -223,9 +223,12 @@ SESSIONS = [
             cmd("blockdev-set-active", node_name="n", active=False),
             SHOWN,
             stored("a.qcow2"),
+            cmd("blockdev-snapshot-internal-sync", device="n", name="s"),
+            bitmap("add", "x", persistent=True),
+            bitmap("add", "x"),
             cmd("blockdev-set-active", node_name="n", active=True),
-            SHOWN,
-            stored("a.qcow2"),
+            bitmap("remove", "x"),
+            cmd("blockdev-set-active", node_name="n", active=True),
         ],
     ),
     *(
@@ -248,6 +251,48 @@ SESSIONS = [
         for mode in ("ro", "rw")
     ),
 ]
+
+
+def test_an_inactive_image_is_left_alone(tmp_path: Path) -> None:
+    """It is somebody else's. (QSD removes the bitmap, and dies of the snapshot.)"""
+    path = images.create(tmp_path / "a.qcow2", "8M")
+    images.peers.run("qemu-img", "bitmap", "--add", path, "x")
+    images.peers.run("qemu-img", "snapshot", "-c", "s", path)
+    with DaemonProcess("pyqsd", [], workdir=tmp_path) as daemon:
+        qmp = daemon.qmp
+        qmp.execute("blockdev-add", driver="qcow2", node_name="n", file={"driver": "file", "filename": str(path)})
+        qmp.execute("blockdev-set-active", node_name="n", active=False)
+        before = path.read_bytes()
+        refused = qmp.command("blockdev-snapshot-delete-internal-sync", device="n", name="s")
+        assert refused["error"]["desc"] == "Failed to remove snapshot from snapshot list: Operation not permitted"
+        qmp.execute("block-dirty-bitmap-add", node="n", name="x", persistent=True)
+        qmp.execute("block-dirty-bitmap-remove", node="n", name="x")
+        assert path.read_bytes() == before
+        qmp.execute("blockdev-set-active", node_name="n", active=True)
+        digest = qmp.execute("x-debug-block-dirty-bitmap-sha256", node="n", name="x")
+        assert digest["sha256"]
+
+
+@pytest.mark.parametrize("kinds", [("qsd", "pyqsd"), ("pyqsd", "qsd"), ("pyqsd", "pyqsd")], ids="-".join)
+def test_killed(tmp_path: Path, kinds: tuple[str, str]) -> None:
+    """Whoever finds the bitmaps of a daemon that was killed says that they are inconsistent."""
+    path = images.create(tmp_path / "a.qcow2", "8M")
+    images.peers.run("qemu-img", "bitmap", "--add", path, "x")
+    node = {"driver": "qcow2", "node_name": "n", "file": {"driver": "file", "filename": str(path)}}
+    (tmp_path / "one").mkdir()
+    with DaemonProcess(kinds[0], [], workdir=tmp_path / "one") as daemon:
+        daemon.qmp.execute("blockdev-add", **node)
+        daemon.qmp.execute("block-dirty-bitmap-add", node="n", name="y", persistent=True)
+        daemon.kill()
+    images.assert_clean(path)
+    (tmp_path / "two").mkdir()
+    with DaemonProcess(kinds[1], [], workdir=tmp_path / "two") as daemon:
+        daemon.qmp.execute("blockdev-add", **node)
+        (found,) = daemon.qmp.execute("query-named-block-nodes", flat=True)[0]["dirty-bitmaps"]
+        assert found["name"] == "x" and found["inconsistent"] and found["persistent"] and not found["recording"]
+        daemon.qmp.execute("block-dirty-bitmap-remove", node="n", name="x")
+        assert daemon.terminate() == 0
+    images.assert_clean(path)
 
 
 def _in_use(path: Path) -> None:

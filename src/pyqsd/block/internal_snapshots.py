@@ -62,7 +62,7 @@ async def create_snapshot(graph: Graph, device: str, name: str) -> SnapshotInfo:
     if node.read_only:
         raise Error(f"Device '{device}' is read only")
     target = owner(node)
-    if target is None or target.read_only:
+    if target is None or target.read_only or not target.active:
         raise Error(f"Block format '{node.driver.name}' used by device '{device}' does not support internal snapshots")
     if not name:
         raise Error("Name is empty")

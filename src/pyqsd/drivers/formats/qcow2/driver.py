@@ -697,8 +697,11 @@ class Qcow2(Driver):
         from pyqsd.drivers.formats.qcow2 import bitmaps
 
         image = self.image
-        if not image.bitmaps:
+        if not image.bitmaps or not self.node.active:
+            # Of an inactive node, the image is somebody else's: only what was added in memory since goes.
             return
+        if self.node.read_only:
+            raise Error("Failed to update bitmap extension: Operation not permitted", errno.EPERM)
         if not self._ready:
             await self._prepare_write()
         async with image.operation_lock:
@@ -793,7 +796,7 @@ class Qcow2(Driver):
         one = snapshot_ops.find(self.image, ident, name)
         if one is None:
             raise Error("Can't find the snapshot", errno.ENOENT)
-        if self.node.read_only:
+        if self.node.read_only or not self.node.active:
             raise Error("Failed to remove snapshot from snapshot list: Operation not permitted", errno.EPERM)
         await self._snapshot_operation(lambda: snapshot_ops.delete(self.image, one))
 
@@ -810,6 +813,8 @@ class Qcow2(Driver):
         """Run an operation on the snapshots to its end, whoever is cancelled meanwhile. Raises OSError, Error."""
         image = self.image
         image.check_usable()
+        if self.node.read_only or not self.node.active:
+            raise OSError(errno.EPERM, "Operation not permitted")
         if not self._ready:
             await self._prepare_write()
         async with image.operation_lock:

@@ -201,6 +201,8 @@ def _l1_clusters(image: Image, entries: int) -> int:
 
 
 async def _read_l1(image: Image, one: Snapshot) -> array[int]:
+    if one.l1_size and not one.l1_offset:
+        raise Error("Snapshot L1 table offset invalid", errno.EINVAL)
     headers.check_table(image.header, one.l1_offset, one.l1_size, 8, headers.MAX_L1_BYTES, "Snapshot L1 table")
     return await opening.read_table(image.file, one.l1_offset, one.l1_size)
 
