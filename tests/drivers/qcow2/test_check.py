@@ -6,6 +6,7 @@ import asyncio
 import errno
 import json
 import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyqsd.block.graph import Graph
+from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2 import refcounts
 from pyqsd.drivers.formats.qcow2.check import arrays
 from pyqsd.drivers.formats.qcow2.check.references import CHUNK_BITS, References
+from pyqsd.drivers.formats.qcow2.create import empty_image
 from pyqsd.qapi.command import EventBus
 from pyqsd.qapi.errors import Error
 from tests.support import images, peers
@@ -182,6 +185,38 @@ def test_others_are_served_meanwhile(tmp_path: Path) -> None:
             assert not (await node.driver.check()).findings
 
     run(main())
+
+
+def test_hostile_tables(tmp_path: Path) -> None:
+    """A million L1 entries for one L2 table, all of whose entries are for one cluster; every refcount block is the
+    same. That is eight billion references; the real program counts them one by one."""
+    tables, entries = 1 << 20, 8192
+    image = bytearray(empty_image(0))
+    l1, table, block = 0x100000, 0x2000000, int.from_bytes(image[0x10000:0x10008], "big")
+    header = headers.decode(image)
+    header.size, header.l1_size, header.l1_offset = tables << 29, tables, l1
+    area = headers.encode(header)
+    image[: len(area)] = area
+    image[0x10000:0x20000] = block.to_bytes(8, "big") * entries
+    path = tmp_path / "hostile.qcow2"
+    with path.open("wb") as file:
+        file.write(image)
+        file.seek(l1)
+        file.write((1 << 63 | table).to_bytes(8, "big") * tables)
+        file.seek(table)
+        file.write((1 << 63 | table + 65536).to_bytes(8, "big") * entries)
+        file.truncate(table + 2 * 65536)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    async def check() -> None:
+        async with opened(path, read_only=True) as node:
+            found = await node.driver.check()
+            assert found.allocated_clusters == tables * entries
+            assert found.findings["references that are too many for the refcount width"] > tables * entries - 131072
+            assert found.findings["refcount blocks that are not the only user of their cluster"] == entries - 1
+
+    run(check())
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400 << 10
 
 
 def test_file_too_large(tmp_path: Path) -> None:

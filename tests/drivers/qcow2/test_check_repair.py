@@ -383,18 +383,23 @@ def test_change_refcount_width(old: int, order: int, tmp_path: Path) -> None:
     images.assert_clean(path)
 
 
-def test_width_that_does_not_fit(sound: Any) -> None:
-    image = sound("snapshots")
+@pytest.mark.parametrize(("kind", "order"), [("snapshots", 0), ("snapshots", 1), ("v2", 3)])
+def test_width_that_is_refused(kind: str, order: int, sound: Any, tmp_path: Path) -> None:
+    image = sound(kind)
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image)
+    judge = peers.run("qemu-img", "amend", "-f", "qcow2", "-o", f"refcount_bits={1 << order}", path, ok=(1,))
 
-    async def main() -> None:
+    async def main() -> str:
         node, below = await open_logged(image)
         assert isinstance(node.driver, Qcow2)
-        with pytest.raises(OSError, match="needs a wider refcount"):
-            await repairing.change_refcount_width(node.driver.image, 0)
+        with pytest.raises(Error) as caught:
+            await repairing.change_refcount_width(node.driver.image, order)
         assert not below.log
         await close(node)
+        return caught.value.desc
 
-    run(main())
+    assert judge.stderr == f"qemu-img: {run(main())}\n"
 
 
 def test_crash_while_the_width_changes(tmp_path: Path) -> None:

@@ -188,3 +188,11 @@ class References:
             if len(used):
                 return (number << CHUNK_BITS) + int(used[-1])
         return 0
+
+    def above(self, most: int) -> tuple[int, int] | None:
+        """The first cluster with more than `most` references, and how many it has."""
+        for number in sorted(self.chunks):
+            too_many = np.flatnonzero(self.chunks[number] > min(most, _MOST_COUNTED))
+            if len(too_many):
+                return (number << CHUNK_BITS) + int(too_many[0]), int(self.chunks[number][too_many[0]])
+        return None

@@ -86,18 +86,26 @@ async def repair_dirty(image: Image) -> None:
 async def change_refcount_width(image: Image, order: int) -> None:
     """Store refcounts with ``1 << order`` bits from now on. The image must be sound (leaked clusters are free
     afterwards), everything on disk, and nobody else using it; a crash leaves the old refcounts or the new ones. Raises
-    OSError: EINVAL if a refcount does not fit, EIO if the image has errors."""
+    Error with the words of qemu-img amend, OSError."""
     if image.header.version < 3 and order != headers.V2_REFCOUNT_ORDER:
-        raise OSError(errno.ENOTSUP, "Version 2 has refcounts of 16 bits only")
-    result = CheckResult()
+        raise Error(
+            "Refcount widths other than 16 bits require compatibility level 1.1 or above (use compat=1.1 or greater)",
+            errno.EINVAL,
+        )
+    result = start(image)
     walk = Walk(image, result, max(order, image.header.refcount_order))
     await walk.everything()
     walk.finish()
     if result.corruptions:
-        raise OSError(errno.EIO, "The image must be repaired first")
-    highest = max((int(chunk.max()) for chunk in walk.references.chunks.values()), default=0)
-    if highest >= 1 << (1 << order):
-        raise OSError(errno.EINVAL, f"A cluster with {highest} references needs a wider refcount")
+        raise Error("The image has errors, and must be repaired first", errno.EIO)
+    found = walk.references.above((1 << (1 << order)) - 1)
+    if found is not None:
+        cluster, count = found
+        raise Error(
+            f"Cannot decrease refcount entry width to {1 << order} bits: Cluster at offset "
+            f"{cluster << image.cluster_bits:#x} has a refcount of {count}",
+            errno.EINVAL,
+        )
     try:
         await rebuild(image, walk.references, order)
     finally:
