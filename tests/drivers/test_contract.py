@@ -65,6 +65,7 @@ MAKERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "file": _raw_file,
     "raw": _raw,
     "blkdebug": _blkdebug,
+    "compress": lambda path: {"driver": "compress", "file": _qcow2(path)},
     "qcow2": _qcow2,
     "null-co": lambda path: {"driver": "null-co", "size": SIZE, "read-zeroes": True},
     "null-aio": lambda path: {"driver": "null-aio", "size": SIZE, "read-zeroes": True},
@@ -78,6 +79,9 @@ FIXED_SIZE = {"null-co", "null-aio", "raw"}
 
 drivers = pytest.mark.parametrize("name", sorted(MAKERS))
 keepers = pytest.mark.parametrize("name", sorted(set(MAKERS) - FORGETS))
+#: What was written cannot be overwritten.
+WRITES_ONCE = {"compress"}
+overwriters = pytest.mark.parametrize("name", sorted(set(MAKERS) - FORGETS - WRITES_ONCE))
 
 
 def test_every_driver_is_here() -> None:
@@ -111,7 +115,7 @@ step = st.tuples(
 )
 
 
-@keepers
+@overwriters
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.lists(step, max_size=40))
 def test_content_matches_a_bytearray(name: str, steps: list[tuple[str, int, int, bool]], tmp_path: Path) -> None:
@@ -185,7 +189,7 @@ def test_content_matches_a_bytearray(name: str, steps: list[tuple[str, int, int,
     asyncio.run(run())
 
 
-@drivers
+@overwriters
 def test_concurrent_writes(name: str, tmp_path: Path) -> None:
     options = MAKERS[name](tmp_path / "image")
 

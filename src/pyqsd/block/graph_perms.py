@@ -91,6 +91,15 @@ def _check_conflicts(node: Node, new: dict[Child, Perms]) -> None:
                 )
 
 
+def _check_last_block(node: Node) -> None:
+    """Whoever writes to the last block of a node must not make it longer by that."""
+    if -(-node.length // 512) * 512 % node.limits.request_alignment:
+        raise Error(
+            "Cannot get 'write' permission without 'resize': Image size is not a multiple of request alignment",
+            errno.EPERM,
+        )
+
+
 def _user(edge: Child) -> str:
     return f"{edge.parent.description()} (uses node '{edge.node.name}' as '{edge.name}' child)"
 
@@ -120,6 +129,8 @@ def refresh(roots: Iterable[Node], given: dict[Child, Perms] | None = None) -> N
                 raise Error(f"Permission '{perms.names(changing)}' unavailable on inactive node", errno.EPERM)
             if changing & ~perms.RESIZE and node.read_only:
                 raise Error("Block node is read-only", errno.EPERM)
+            if changing & ~perms.RESIZE and not perm & perms.RESIZE and node.opened:
+                _check_last_block(node)
             prepared.append((node, perm, shared))
             if node.opened:
                 node.driver.check_perm(perm, shared)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pyqsd.block.driver import MAY_UNMAP
+from pyqsd.block.driver import MAY_UNMAP, WRITE_COMPRESSED
 from pyqsd.block.node import Node
 from pyqsd.drivers.formats.qcow2.create import empty_image
 from tests.drivers.qcow2 import encrypted
@@ -246,6 +246,45 @@ def test_data_file(tmp_path: Path, options: str, power: bool) -> None:
         "raw" not in options
     )
     images.assert_clean(path)
+
+
+@pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
+@pytest.mark.parametrize("bits", [1, 2, 16])
+def test_compressed_writes(tmp_path: Path, bits: int, power: bool) -> None:
+    """Compressed clusters that share host clusters, with counts that have little room."""
+    size, cluster = 1 << 20, 4096
+    image = empty_image(size, cluster_size=cluster, refcount_bits=bits)
+    history = History(size)
+    rnd = random.Random(f"{bits}{power}")
+
+    async def main() -> list[tuple[Any, ...]]:
+        node, below = await open_logged(image)
+        used = set()
+        for _ in range(90):
+            at = rnd.randrange(size // cluster) * cluster
+            began = len(below.log)
+            if at in used:
+                history.writes.append((began, at, bytes(cluster)))
+                await node.pdiscard(at, cluster)
+            else:
+                data = rnd.randbytes(rnd.choice((100, 1000))).ljust(cluster, b"x")
+                history.writes.append((began, at, data))
+                await node.pwrite(at, data, WRITE_COMPRESSED)
+            used ^= {at}
+            if rnd.random() < 0.15:
+                complete = len(history.writes)
+                await node.flush()
+                history.flushes.append((len(below.log), complete))
+        complete = len(history.writes)
+        await close(node)
+        history.flushes.append((len(below.log), complete))
+        return below.log
+
+    log = run(main())
+    for cut in [*sorted(rnd.sample(range(1, len(log)), 20)), len(log)]:
+        crashed = after_power_cut(image, log, cut, rnd) if power else after_kill(image, log, cut)
+        _judge(tmp_path, "compressed", crashed, history, cut, dirty_ok=False)
+    images.assert_clean(tmp_path / "crashed")
 
 
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])

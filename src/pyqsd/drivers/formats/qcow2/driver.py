@@ -15,7 +15,7 @@ from pyqsd.block import graph_perms
 from pyqsd.block import iov as iovs
 from pyqsd.block import permissions as perms
 from pyqsd.block.backend import BlockBackend
-from pyqsd.block.driver import MAY_UNMAP, NO_FALLBACK, ROLE_COW, ROLE_IMAGE, Driver, Limits
+from pyqsd.block.driver import MAY_UNMAP, NO_FALLBACK, ROLE_COW, ROLE_IMAGE, WRITE_COMPRESSED, Driver, Limits
 from pyqsd.block.extents import ALLOCATED, COMPRESSED, DATA, DRIVER, OFFSET_VALID, RECURSE, ZERO, Extent
 from pyqsd.drivers.formats.qcow2 import extended, info, opening, tables
 from pyqsd.drivers.formats.qcow2 import header as headers
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.create_options import CreateOptions
     from pyqsd.drivers.formats.qcow2.encryption import Access, Encryption
     from pyqsd.drivers.formats.qcow2.image import Image
+    from pyqsd.drivers.formats.qcow2.packing import Packer
 
 _STORED = DATA | ALLOCATED | OFFSET_VALID
 #: What is encrypted by itself, bytes.
@@ -56,6 +57,7 @@ class Qcow2(Driver):
     supports_backing = True
     supports_snapshots = True
     strong_options = ("encrypt.key_secret",)
+    write_flags = WRITE_COMPRESSED
     zero_flags = MAY_UNMAP | NO_FALLBACK
     mutable_options = frozenset(
         {
@@ -78,6 +80,7 @@ class Qcow2(Driver):
     _writer: Writer
     _unmapper: Unmapper
     _unpacked: Unpacked
+    _packer: Packer | None
     _plain_map: Callable[[int, int], Extent | None]
     _plain_map_write: Callable[[int, int], tuple[int, Node, int] | None]
 
@@ -175,6 +178,7 @@ class Qcow2(Driver):
         l2 = image.l2
         self._last_key = -1
         self._unpacked = Unpacked(image)
+        self._packer = None
         for name in ("map", "map_write", "read_now", "write_now"):
             # Those of the image that was used before.
             self.__dict__.pop(name, None)
@@ -602,7 +606,14 @@ class Qcow2(Driver):
     async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
         if not self._ready:
             await self._prepare_write()
-        await self._writer.pwritev(offset, length, iov)
+        if flags & WRITE_COMPRESSED:
+            if self._packer is None:
+                from pyqsd.drivers.formats.qcow2.packing import Packer
+
+                self._packer = Packer(self.image, self._writer)
+            await self._packer.write(offset, length, iov)
+        else:
+            await self._writer.pwritev(offset, length, iov)
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
         if not self._ready:

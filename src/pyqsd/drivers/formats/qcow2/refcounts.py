@@ -189,6 +189,8 @@ class Refcounts:
         self.blocks: dict[int, Block] = {}
         #: No cluster below this one is free.
         self.hint = 0
+        #: The cluster that is being filled with compressed ones, -1: none. Any that becomes free could be this one.
+        self.shared = -1
         self._dirty: set[Block] = set()
         self._loading: dict[int, asyncio.Future[None]] = {}
         self._new_entries: set[int] = set()
@@ -542,7 +544,8 @@ class Refcounts:
         self._was_used(first + count)
 
     def _was_used(self, end: int) -> None:
-        """Clusters below `end` were in use: what they hold is not known to be zero."""
+        """Clusters below `end` were in use, and are free: what they hold is not known to be zero."""
+        self.shared = -1
         end <<= self.image.cluster_bits
         if end > self.image.touched_end:
             self.image.touched_end = end
@@ -557,6 +560,18 @@ class Refcounts:
         if first < self.hint:
             self.hint = first
         self._was_used(end)
+
+    def increase_now(self, cluster: int) -> bool:
+        """Count one more reference to a cluster that is in use; False if the count has no room for it. Raises
+        MissingBlock."""
+        counts = self._counts(cluster >> self.block_bits, False)
+        index = cluster & (self.block_entries - 1)
+        value = 0 if counts is None else counts.get(index)
+        if counts is None or not 0 < value < self.maximum:
+            return False
+        counts.set(index, value + 1)
+        self.changed(self.blocks[cluster >> self.block_bits], index, index + 1)
+        return True
 
     async def last_references(self, first: int, count: int) -> list[tuple[int, int]]:
         """The runs ``(first, how many)`` of those of these clusters that have one reference left. Raises OSError."""

@@ -100,7 +100,7 @@ class Writer:
         first = offset >> bits
         key = offset >> l2.slice_shift
         if len(image.refcounts.blocks) > image.refcounts.max_blocks + _BLOCKS_MORE:
-            await image.refcounts.make_room()
+            await self.make_room()
         while True:
             image.check_usable()
             # Nothing is decided before a wait: afterwards it all starts again.
@@ -139,6 +139,14 @@ class Writer:
             else:
                 await self._write_new(found, first, count, host, offset, n, part, kind == ALLOCATE)
             return n
+
+    async def make_room(self) -> None:
+        """Before an allocation: not more may be in memory, or wait to be free, than is bearable. Raises OSError."""
+        image = self.image
+        if len(image.refcounts.blocks) > image.refcounts.max_blocks + _BLOCKS_MORE:
+            await image.refcounts.make_room()
+        if image.freed_clusters << image.cluster_bits > _FREED_MOST:
+            await image.write_back()
 
     def _clip(self, first: int, count: int) -> int:
         """Leave out what comes after a cluster that another request is allocating."""
