@@ -44,7 +44,7 @@ async def x_blockdev_amend(
     force: bool | None = None,
 ) -> None:
     """Change properties of an image, as a job."""
-    node = graph.nodes.get(node_name)
+    node = graph.get(node_name)
     if node is None:
         raise Error(f"Cannot find device='' nor node-name='{node_name}'")
     if options.__struct_config__.tag != node.driver.name:

@@ -160,6 +160,28 @@ def test_data_file(preallocation: str, raw: bool, extended: bool, tmp_path: Path
     sound(ours)
 
 
+def test_data_file_is_used(tmp_path: Path) -> None:
+    """An image with a data file that we have made is opened, and the raw data file is the disk."""
+
+    async def test(commands: Commands) -> None:
+        files = {}
+        for name in ("disk", "data"):
+            path = tmp_path / name
+            await make(commands, driver="file", filename=str(path), size=0)
+            await commands.add("file", name, filename=str(path))
+            files[name] = path
+        await make(commands, driver="qcow2", size=MiB, file="disk", data_file="data", data_file_raw=True)
+        await commands.add("qcow2", "q", file="disk", data_file="data")
+        await commands.graph.find("q").pwrite(65536, b"x" * 1000)
+        await commands("blockdev-del", node_name="q")
+        await commands.add("qcow2", "q", file="disk")  # by its name in the image, with another node
+        assert await commands.graph.find("q").pread(65536, 1000) == b"x" * 1000
+        assert files["data"].read_bytes() == bytes(65536) + b"x" * 1000 + bytes(MiB - 66536)
+
+    run(test)
+    sound(tmp_path / "disk")
+
+
 LUKS = {"format": "luks", "key-secret": "s", "iter-time": 10}
 SECRET = "secret,id=s,data=abc"
 

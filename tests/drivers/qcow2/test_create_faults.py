@@ -180,6 +180,7 @@ def test_cancelled_with_its_own_node(turns: int, tmp_path: Path) -> None:
         {"backing_file": "x" * 1024},
         {"backing_file": "x" * 500, "cluster_size": 512},
         {"backing_file": "x", "preallocation": "full"},
+        {"size": 1 << 60, "preallocation": "metadata", "cluster_size": 2 * MiB},
         {"data_file": "log0"},
         {"data_file": "nosuch"},
         {"data_file_raw": True},

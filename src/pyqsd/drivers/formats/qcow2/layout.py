@@ -9,6 +9,7 @@ Cluster numbers are host offsets divided by the cluster size; nothing here waits
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from pyqsd.drivers.formats.qcow2.refcounts import new_counts
 from pyqsd.drivers.formats.qcow2.tables import COPIED
+from pyqsd.qapi.errors import from_oserror
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 #: QSD allocates at most so many bytes at a time, and nothing across the end of a part of an L2 table that it caches.
 _MOST_BYTES = (1 << 31) - 1
 _SLICE_BYTES = 65536
+#: The most of these steps that are planned: for clusters of 64 KiB 8 PiB.
+_MOST_STEPS = 1 << 24
 
 
 @dataclass
@@ -218,6 +222,8 @@ def plan(layout: Layout, preallocation: str, with_data_file: bool, file_bytes: i
         preallocation: off, metadata, falloc, full.
         with_data_file: the data goes to another file.
         file_bytes: the present length of the file.
+
+    Raises Error if that is more than can be.
     """
     table_clusters = 1
     while True:
@@ -251,18 +257,25 @@ def plan(layout: Layout, preallocation: str, with_data_file: bool, file_bytes: i
 
 
 def _take_alternating(layout: Layout, pool: _Allocator) -> None:
-    """An L2 table, its data, the next L2 table …"""
+    """An L2 table, its data, the next L2 table … Raises Error."""
     assert layout.runs is not None
     in_slice = min(_SLICE_BYTES, layout.cluster_size) // (16 if layout.extended else 8)
     most = _MOST_BYTES >> layout.cluster_bits
     at, total, per_table = 0, layout.data_clusters, layout.l2_entries
+    if total // min(in_slice, most) > _MOST_STEPS:
+        # Nobody has a disk for that; to find out would take too long.
+        text = "Could not resize image: Allocating clusters failed"
+        raise from_oserror(OSError(errno.EFBIG, ""), text)
     l2, runs = layout.l2, layout.runs
     while at < total:
         if at % per_table == 0:
             l2.append(pool.take(1))
         count = min(total - at, in_slice - at % in_slice, most)
-        runs.append(pool.take(count))
-        runs.append(count)
+        first = pool.take(count)
+        if runs and runs[-2] + runs[-1] == first:
+            runs[-1] += count
+        else:
+            runs.extend((first, count))
         at += count
 
 
