@@ -45,8 +45,8 @@ def crash(root: Path, seed: int) -> str:
 
 
 def graph(root: Path, seed: int) -> str:
-    commands = test_graph_changes.storm(root / "graph", seed, steps=400)
-    return f"{commands} changes"
+    commands = test_graph_changes.storm(root / "graph", seed, steps=400, kill=bool(seed % 2))
+    return f"{commands} changes, then {'SIGKILL' if seed % 2 else 'the usual end'}"
 
 
 def abuse(root: Path, seed: int) -> str:

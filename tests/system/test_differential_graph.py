@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import images
+from tests.support import images, peers
 from tests.support.nbd import NbdClient, NbdError
 from tests.system.differential import Context, Do, Event, Session, add, check_session, cmd, delete
 from tests.system.test_differential_blockdev import NBD_START, export, file, null, qcow2, raw
@@ -99,6 +99,14 @@ def read(offset: int = 0, length: int = 512) -> Any:
 def overwrite(path: Path, data: bytes) -> None:
     with path.open("r+b") as file:
         file.write(data)
+
+
+def make_bitmaps(context: Context) -> None:
+    path = context.workdir / "bitmaps.qcow2"
+    images.create(path, 4 << 20)
+    for options in (("b0",), ("--disable", "b1")):
+        peers.run("qemu-img", "bitmap", "--add", *options[:-1], path, options[-1])
+    images.io(path, "write -P 1 0 200k")
 
 
 SESSIONS = [
@@ -562,6 +570,43 @@ SESSIONS = [
             *SHOW,
         ],
         images=("raw.img", "rawback.qcow2", "rb1.qcow2"),
+    ),
+    Session(
+        "inactive-bitmaps",
+        [
+            Do("make", make_bitmaps),
+            qcow2("q", "bitmaps.qcow2", active=False),
+            *SHOW,
+            active(True, "q"),
+            *SHOW,
+            active(False, "q"),
+            *SHOW,
+            active(True, "q"),
+            cmd("block-dirty-bitmap-add", node="q", name="b2", persistent=True),
+            cmd("block-dirty-bitmap-add", node="q", name="t"),
+            NBD_START,
+            export("e", "q", writable=True, allow_inactive=True),
+            once("q", "write", write(b"x", 1 << 20)),
+            active(False, "q"),
+            *SHOW,
+            active(True, "q"),
+            *SHOW,
+            cmd("block-export-del", id="e"),
+            Event("BLOCK_EXPORT_DELETED"),
+            delete("q"),
+            qcow2("q", "bitmaps.qcow2"),
+            qcow2("o", "plain.qcow2"),
+            snap("q", "o"),
+            *SHOW,
+            delete("o"),
+            active(False, "q"),
+            *SHOW,
+            active(True, "q"),
+            *SHOW,
+            delete("q"),
+            Do("check", lambda c: images.check(c.workdir / "bitmaps.qcow2")["check-errors"]),
+        ],
+        images=("plain.qcow2",),
     ),
 ]
 

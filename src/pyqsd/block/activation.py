@@ -113,9 +113,8 @@ async def _inactivate(node: Node) -> None:
         backend.check_suspend()
     try:
         # The driver's caches, and then all that the guest and the driver have written.
-        if not node.read_only:
-            await node.driver.inactivate()
-            await node.flush()
+        await node.driver.inactivate()
+        await node.flush()
     except Error as exc:
         raise OSError(exc.errno, os.strerror(exc.errno)) from exc
     for backend in backends:

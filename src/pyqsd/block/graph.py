@@ -332,7 +332,16 @@ def backends_above(node: Node) -> list[BlockBackend]:
 
 def is_below(node: Node, ancestor: Node) -> bool:
     """Whether `node` can be reached from `ancestor` along its children."""
-    return any(child.node is node or is_below(node, child.node) for child in ancestor.children)
+    seen = {ancestor}
+    rest = [ancestor]
+    while rest:
+        for child in rest.pop().children:
+            if child.node is node:
+                return True
+            if child.node not in seen:
+                seen.add(child.node)
+                rest.append(child.node)
+    return False
 
 
 def apply_options(node: Node, options: BlockdevOptions, parent: Node | None, role: int) -> None:

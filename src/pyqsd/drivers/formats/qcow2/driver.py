@@ -150,7 +150,7 @@ class Qcow2(Driver):
         if not node.read_only and node.active:
             await self._repair()
             self._repaired = True
-        if image.bitmaps and self.options.x_snapshot is None:
+        if image.bitmaps and self.options.x_snapshot is None and node.active:
             from pyqsd.drivers.formats.qcow2 import bitmaps
 
             await bitmaps.load(image, node)
@@ -260,7 +260,7 @@ class Qcow2(Driver):
     async def inactivate(self) -> None:
         node = self.node
         # Others may use the image afterwards. Bitmaps are loaded again when the node becomes active.
-        going = [bitmap for bitmap in node.dirty_bitmaps.values() if bitmap.persistent and not node.read_only]
+        going = [bitmap for bitmap in node.dirty_bitmaps.values() if bitmap.persistent]
         await self._store_bitmaps_or_say_so()
         await self._complete()
         await self.image.tasks_done()
@@ -857,6 +857,7 @@ class Qcow2(Driver):
             # Everything goes to disk, so that the caches can be made anew, or the node can become read-only.
             try:
                 await self._complete()
+                await image.tasks_done()
                 # The file may be about to be another node.
                 await image.file.flush()
             except OSError as exc:
