@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.support import images
+from tests.support.daemon import DaemonProcess
+from tests.support.nbd import NbdClient
 from tests.system.differential import Context, Do, Session, add, check_session, cmd, delete
 
 TAKE = "blockdev-snapshot-internal-sync"
@@ -145,3 +148,52 @@ SESSIONS = [
 @pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
 def test_session(session: Session, tmp_path: Path) -> None:
     check_session(session, tmp_path, tmp_path)
+
+
+def test_a_snapshot_is_a_point_in_time(tmp_path: Path) -> None:
+    """While a client writes one block after the other, a snapshot has all up to one of them, and none after it."""
+    block, most = 4096, 1500
+    path = images.create(tmp_path / "disk.qcow2", "16M", options="cluster_size=16k")
+    written = 0
+    with DaemonProcess("pyqsd", [], workdir=tmp_path) as daemon:
+        qmp = daemon.qmp
+        qmp.execute("blockdev-add", driver="qcow2", node_name="n", file={"driver": "file", "filename": str(path)})
+        qmp.execute("nbd-server-start", addr={"type": "unix", "data": {"path": str(tmp_path / "nbd.sock")}})
+        qmp.execute("block-export-add", type="nbd", id="e", name="e", node_name="n", writable=True)
+        ready = threading.Event()
+
+        def writer() -> None:
+            nonlocal written
+            with NbdClient(tmp_path / "nbd.sock", "e") as client:
+                for number in range(most):
+                    client.pwrite(number * block, (number + 1).to_bytes(4, "big") * (block // 4))
+                    written = number + 1
+                    if number == 20:
+                        ready.set()
+                client.disconnect()
+
+        thread = threading.Thread(target=writer)
+        thread.start()
+        assert ready.wait(30)
+        bounds = []
+        for number in range(6):
+            before = written
+            qmp.execute(TAKE, device="n", name=f"s{number}")
+            bounds.append((before, written + 1))
+            if number == 3:
+                qmp.execute(DELETE, device="n", name="s1")
+        thread.join(60)
+        assert written == most
+        assert daemon.terminate() == 0
+    images.assert_clean(path)
+    for number, (least, largest) in enumerate(bounds):
+        if number == 1:
+            continue
+        name = f"snapshot.name=s{number}"
+        images.peers.run("qemu-img", "convert", "-l", name, "-f", "qcow2", "-O", "raw", path, tmp_path / "raw")
+        content = (tmp_path / "raw").read_bytes()
+        end = 0
+        while content[end * block : (end + 1) * block] == (end + 1).to_bytes(4, "big") * (block // 4):
+            end += 1
+        assert least <= end <= largest, number
+        assert not any(content[end * block :])
