@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import sys
+from contextlib import AsyncExitStack
 
+from pyqsd.block import action
 from pyqsd.block.driver import ROLE_DATA, ROLE_FILTERED, ROLE_METADATA
 from pyqsd.block.graph import Graph
 from pyqsd.block.info import SnapshotInfo
@@ -50,32 +53,63 @@ def _list(node: Node) -> list[SnapshotInfo]:
         raise from_oserror(exc, "Failed to get a snapshot list") from exc
 
 
+class InternalSnapshotAction(action.Action):
+    """Takes an internal snapshot of the node `device`; no request is in flight there until the end."""
+
+    def __init__(self, graph: Graph, device: str, name: str) -> None:
+        self.graph = graph
+        self.device = device
+        self.name = name
+        self._stack = AsyncExitStack()
+        self._target: Node | None = None
+        self._made: SnapshotInfo | None = None
+
+    async def prepare(self) -> None:
+        device, name = self.device, self.name
+        node = _root(self.graph, device)
+        if node.read_only:
+            raise Error(f"Device '{device}' is read only")
+        target = owner(node)
+        if target is None or target.read_only or not target.active:
+            raise Error(
+                f"Block format '{node.driver.name}' used by device '{device}' does not support internal snapshots"
+            )
+        if not name:
+            raise Error("Name is empty")
+        if any(one.name == name for one in _list(node)):
+            raise Error(f"Snapshot with name '{name}' already exists on device '{device}'")
+        await self._stack.enter_async_context(self.graph.drained(target))
+        try:
+            await node.flush()
+            self._made = await target.driver.snapshot_create(name)
+        except OSError as exc:
+            raise from_oserror(exc, f"Failed to create snapshot '{name}' on device '{device}'") from exc
+        except Error as exc:
+            raise exc.prefixed(f"Failed to create snapshot '{name}' on device '{device}': ") from exc
+        self._target = target
+
+    async def abort(self) -> None:
+        target, made = self._target, self._made
+        if target is None or made is None:
+            return
+        try:
+            await target.driver.snapshot_delete(made.id, made.name)
+        except (OSError, Error) as exc:
+            text = exc.strerror if isinstance(exc, OSError) else exc.desc
+            print(
+                f"Failed to delete snapshot with id '{made.id}' and name '{made.name}' on device '{self.device}' in "
+                f"abort: {text}",
+                file=sys.stderr,
+            )
+
+    async def clean(self) -> None:
+        await self._stack.aclose()
+
+
 @command("blockdev-snapshot-internal-sync")
 async def blockdev_snapshot_internal_sync(graph: Graph, /, *, device: str, name: str) -> None:
     """Take an internal snapshot of the node `device`."""
-    await create_snapshot(graph, device, name)
-
-
-async def create_snapshot(graph: Graph, device: str, name: str) -> SnapshotInfo:
-    """Take an internal snapshot of the node `device`. Raises Error."""
-    node = _root(graph, device)
-    if node.read_only:
-        raise Error(f"Device '{device}' is read only")
-    target = owner(node)
-    if target is None or target.read_only or not target.active:
-        raise Error(f"Block format '{node.driver.name}' used by device '{device}' does not support internal snapshots")
-    if not name:
-        raise Error("Name is empty")
-    if any(one.name == name for one in _list(node)):
-        raise Error(f"Snapshot with name '{name}' already exists on device '{device}'")
-    try:
-        async with graph.drained(target):
-            await node.flush()
-            return await target.driver.snapshot_create(name)
-    except OSError as exc:
-        raise from_oserror(exc, f"Failed to create snapshot '{name}' on device '{device}'") from exc
-    except Error as exc:
-        raise exc.prefixed(f"Failed to create snapshot '{name}' on device '{device}': ") from exc
+    await action.run(InternalSnapshotAction(graph, device, name))
 
 
 @command("blockdev-snapshot-delete-internal-sync")

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from pyqsd.block import action
 from pyqsd.block.bitmap_commands import block_dirty_bitmap_add, block_dirty_bitmap_remove
 from pyqsd.block.dirty_bitmap import DirtyBitmap
 from pyqsd.block.graph import Graph
-from pyqsd.block.internal_snapshots import create_snapshot, goto_snapshot, listed
+from pyqsd.block.internal_snapshots import InternalSnapshotAction, goto_snapshot, listed
 from pyqsd.block.node import Node
 from pyqsd.drivers.formats.qcow2 import bitmap_format as fmt
 from pyqsd.drivers.formats.qcow2 import header as headers
@@ -231,7 +232,7 @@ def test_resize_and_snapshots(tmp_path: Path) -> None:
         async with opened(path) as node:
             await add(node, "b")
             await node.pwrite(3 * MiB, b"x" * MiB)
-            await create_snapshot(node.graph, node.name, "s")
+            await action.run(InternalSnapshotAction(node.graph, node.name, "s"))
             with pytest.raises(Error, match="Device has active dirty bitmaps"):
                 await goto_snapshot(node.graph, node, listed(node)[0])
             await node.truncate(3 * MiB + 65536)
