@@ -83,6 +83,9 @@ class Encryption:
         self.area = area
         #: The vectors depend on the place on the disk, not on that in the file.
         self.by_guest = volume is None
+        #: The last write took no waiting, so that it is worth trying with the next one. What was encrypted for a try in
+        #: vain has to be encrypted again.
+        self.quick = True
         self._small: list[memoryview] = []
         self._large: list[memoryview] = []
 
@@ -137,13 +140,14 @@ class Encryption:
 
     def write_now(self, node: Node, host: int, guest: int, length: int, iov: list[memoryview]) -> bool:
         """Encrypt and write, if that takes no waiting and is quick."""
-        if length > _WORKER_FROM:
+        if not self.quick or length > _WORKER_FROM:
             return False
         buffer = self.take(length)
         try:
             encrypted = buffer[:length]
             self.encrypt(self._sector(host, guest), iov, encrypted)
-            return node.write_now(host, length, [encrypted])
+            self.quick = node.write_now(host, length, [encrypted])
+            return self.quick
         finally:
             self.give(buffer)
 
@@ -163,7 +167,8 @@ class Encryption:
                     self.encrypt(sector, part, encrypted)
                 else:
                     await _in_worker(self.encrypt, sector, part, encrypted)
-                if flags or not node.write_now(host + done, n, [encrypted]):
+                self.quick = not flags and node.write_now(host + done, n, [encrypted])
+                if not self.quick:
                     await node.pwritev(host + done, n, [encrypted], flags)
             finally:
                 self.give(buffer)
