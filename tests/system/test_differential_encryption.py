@@ -122,6 +122,72 @@ def export(method: str) -> list[Any]:
     ]
 
 
+def mangled(data: bytes) -> dict[str, bytes]:
+    """The luks image with one thing wrong in each copy, by name."""
+    extension = data.index(b"\x05\x37\xbe\x77")
+    area = int.from_bytes(data[extension + 8 : extension + 16], "big")
+    slot = area + 208
+
+    def number(at: int, value: int, size: int = 4) -> bytes:
+        return data[:at] + value.to_bytes(size, "big") + data[at + size :]
+
+    def text(at: int, value: bytes) -> bytes:
+        return data[:at] + value.ljust(32, b"\0") + data[at + 32 :]
+
+    def material(*changes: tuple[int, int]) -> bytes:
+        changed = bytearray(data)
+        for at, value in changes:
+            changed[at : at + 4] = value.to_bytes(4, "big")
+        return bytes(changed)
+
+    made = {
+        "area-unaligned": number(extension + 8, area + 512, 8),
+        "area-far-away": number(extension + 8, 1 << 40, 8),
+        "area-beyond": number(extension + 8, (1 << 64) - 65536, 8),
+        "area-in-data": number(extension + 8, 0, 8),
+        "area-short": number(extension + 16, 591, 8),
+        "area-without-material": number(extension + 16, 4096, 8),
+        "area-empty": number(extension + 16, 0, 8),
+        "area-huge": number(extension + 16, (1 << 64) - 1, 8),
+        "extension-length": number(extension + 4, 24),
+        "extension-missing": number(extension, 0x11111111),
+        "method": number(32, 1),
+        "no-method": number(32, 0),
+        "magic": number(area, 0),
+        "version": number(area + 6, 2, 2),
+        "cipher": text(area + 8, b"rot13"),
+        "cipher-odd": text(area + 8, b"\xff\xfe"),
+        "cipher-unterminated": text(area + 8, b"a" * 32),
+        "mode": text(area + 40, b"xts"),
+        "mode-unknown": text(area + 40, b"ofb-plain64"),
+        "ivgen": text(area + 40, b"xts-plainer"),
+        "essiv": text(area + 40, b"xts-essiv"),
+        "essiv-hash": text(area + 40, b"xts-essiv:sha1"),
+        "hash": text(area + 72, b"crc32"),
+        "other-hash": text(area + 72, b"sha512"),
+        "payload": number(area + 104, 0),
+        "payload-near": number(area + 104, 500),
+        "key-bytes": number(area + 108, 65),
+        "key-bytes-zero": number(area + 108, 0),
+        "digest": number(area + 112, 0),
+        "salt": number(area + 132, 0),
+        "digest-iterations": number(area + 164, 0),
+        "slot-state": number(slot, 1),
+        "slot-inactive": number(slot, 0xDEAD),
+        "slot-iterations": number(slot + 4, 0),
+        "slot-other-iterations": number(slot + 4, 1),
+        "slot-offset": number(slot + 40, 7),
+        "slot-overlap": number(slot + 40, 511),
+        "slot-stripes": number(slot + 44, 3999),
+        "slot-stripes-many": number(slot + 44, 0xFFFFFFFF),
+        "slot-far": material((area + 104, 0x7FFFFFFF), (slot + 40, 0x7F000000)),
+        "material": number(area + 4096, 0),
+        "second-slot-alike": material((slot + 48, 0x00AC71F3), (slot + 52, 1000)),
+    }
+    assert all(len(one) == len(data) and one != data for one in made.values())
+    return made
+
+
 IMAGES = ("aes.qcow2", "luks.qcow2", "plain.qcow2")
 SESSIONS = [
     Session("luks-mistakes", mistakes("luks", "aes"), images=IMAGES),
@@ -145,3 +211,14 @@ def encrypted_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
 def test_session(session: Session, encrypted_set: Path, tmp_path: Path) -> None:
     check_session(session, encrypted_set, tmp_path)
+
+
+def test_mangled(encrypted_set: Path, tmp_path: Path) -> None:
+    root = tmp_path / "images"
+    root.mkdir()
+    steps: list[Any] = [OBJECTS[0]]
+    for name, data in mangled((encrypted_set / "luks.qcow2").read_bytes()).items():
+        (root / name).write_bytes(data)
+        steps += [image(name, read_only=True, encrypt=key("luks")), delete("disk")]
+    names = tuple(path.name for path in root.iterdir())
+    check_session(Session("luks-mangled", steps, images=names), root, tmp_path)

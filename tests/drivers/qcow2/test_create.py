@@ -218,7 +218,9 @@ def test_encrypted(how: dict[str, Any], tmp_path: Path) -> None:
     run(ourselves)
     assert ours.stat().st_size == theirs.stat().st_size
     cluster = how.get("cluster_size", 65536)
-    assert ours.read_bytes()[: 3 * cluster] == theirs.read_bytes()[: 3 * cluster]
+    # Preallocated clusters are zero clusters with us, and with QEMU contain what zeroes are when they are decrypted.
+    same = 1 if "preallocation" in how else 3
+    assert ours.read_bytes()[: same * cluster] == theirs.read_bytes()[: same * cluster]
     io = ["qemu-io", "--object", SECRET, f"json:{opened}"]
     if kind == "luks":
         # Written by the one, read by the other.
@@ -233,6 +235,7 @@ def test_encrypted(how: dict[str, Any], tmp_path: Path) -> None:
         node = commands.graph.find("n")
         if kind == "luks":
             assert await node.pread(MiB, 65536) == bytes([7]) * 65536
+            assert await node.pread(2 * MiB, 65536) == bytes(65536)
         assert node.length == 10 * MiB
 
     run(read_back)

@@ -15,7 +15,7 @@ from pyqsd.drivers.formats.qcow2.options import Options
 from pyqsd.drivers.protocols.file import Options as FileOptions
 from pyqsd.qapi.errors import Error
 from tests.drivers.qcow2 import encrypted
-from tests.drivers.qcow2.support import Model, opened, run
+from tests.drivers.qcow2.support import Model, close, open_logged, opened, run
 from tests.support import images, peers
 
 MiB = 1 << 20
@@ -289,3 +289,72 @@ def test_cancelled_requests(tmp_path: Path) -> None:
 
     run(main())
     encrypted.assert_clean(path, "luks")
+
+
+def test_the_luks_header_is_not_overwritten(tmp_path: Path) -> None:
+    """An image whose refcounts say that the clusters of its LUKS header are free keeps them."""
+    path = encrypted.make(tmp_path / "disk", 2 * MiB, "luks")
+    data = bytearray(path.read_bytes())
+    at = data.index(b"\x05\x37\xbe\x77")
+    area = int.from_bytes(data[at + 8 : at + 16], "big")
+    block = int.from_bytes(data[65536:65544], "big")
+    first = area >> 16
+    data[block + 2 * first : block + 2 * (first + 32)] = bytes(64)
+    path.write_bytes(data)
+    before = data[area : area + len(encrypted.region())]
+
+    async def main() -> None:
+        graph = await encrypted.graph_with_secret()
+        async with opened(path, graph, encrypt=encrypted.key("luks")) as node:
+            with pytest.raises(OSError, match=r"Preventing invalid write on metadata \(overlaps with qcow2_header\)"):
+                await node.pwrite(0, b"x" * MiB)
+
+    run(main())
+    assert path.read_bytes()[area : area + len(before)] == before
+
+
+@pytest.mark.parametrize("method", ["luks", "aes"])
+def test_random_damage(tmp_path: Path, method: str) -> None:
+    """A clear error or an I/O error, never anything else."""
+    path = encrypted.make(tmp_path / "disk", MiB, method, cluster_size=4096)
+    opts = encrypted.image_opts(path, method)
+    peers.run("qemu-io", *encrypted.SECRET, "--image-opts", opts, "-c", "write -P 7 0 256k", "-c", "write -z 64k 64k")
+    sound = path.read_bytes()
+    rnd = random.Random(method)
+    area = 0
+    if method == "luks":
+        at = sound.index(b"\x05\x37\xbe\x77")
+        area = int.from_bytes(sound[at + 8 : at + 16], "big")
+    # Iterations are honoured, however many.
+    endless = {area + 164 + n for n in range(4)} | {area + 212 + n for n in range(4)}
+
+    async def main() -> int:
+        graph = await encrypted.graph_with_secret()
+        refused = 0
+        for _ in range(120):
+            data = bytearray(sound)
+            for _ in range(rnd.randrange(1, 4)):
+                place = rnd.choice((0, area, area)) + rnd.randrange(600)
+                if place not in endless and (place + 1) not in endless:
+                    data[place : place + 2] = rnd.choice((b"\0\0", b"\xff\xff", rnd.randbytes(2)))
+            try:
+                node, _ = await open_logged(bytes(data), graph, encrypt=encrypted.key(method))
+            except Error:
+                refused += 1
+                for name in list(graph.nodes):
+                    del graph.nodes[name]
+                continue
+            for _ in range(4):
+                offset = rnd.randrange(0, max(512, min(node.length, MiB)), 512)
+                try:
+                    await node.pread(offset, min(70_000, node.length - offset) if offset < node.length else 0)
+                    await node.pwrite(offset, bytes(512))
+                except OSError:
+                    pass
+            try:
+                await close(node)
+            except OSError:
+                pass
+        return refused
+
+    assert run(main()) > 20

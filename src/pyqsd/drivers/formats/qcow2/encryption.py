@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,14 @@ from pyqsd.crypto.sectors import SECTOR, IvSpec, SectorCipher, wipe
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.extended import ExtendedWriter
 from pyqsd.drivers.formats.qcow2.write import InFlight, Writer
-from pyqsd.qapi.errors import Error
+from pyqsd.qapi.errors import Error, from_oserror
 
 if TYPE_CHECKING:
     from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.compression import Unpacked
     from pyqsd.drivers.formats.qcow2.image import Image
 
+_LONGEST_FILE = (1 << 63) - 1
 #: From this length on (bytes) the cipher runs in a worker thread, while the loop serves others.
 _WORKER_FROM = 256 << 10
 #: Requests are worked on in pieces of this size (bytes), which bounds the memory that they take.
@@ -58,9 +60,11 @@ class HeaderArea:
         """Bytes of the header. Raises Error when they are not inside of it."""
         self._check(offset, length)
         try:
+            if self._offset + offset + length > _LONGEST_FILE:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
             return await self._image.file.pread(self._offset + offset, length)
         except OSError as exc:
-            raise Error(f"Unable to read encryption header: {exc.strerror}", exc.errno or errno.EIO) from exc
+            raise from_oserror(exc, "Could not read encryption header") from exc
 
     async def write(self, offset: int, data: bytes | bytearray) -> None:
         """Overwrite bytes of the header. Raises Error, OSError."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from pyqsd.qapi.errors import Error
@@ -306,8 +307,7 @@ def _extension_area(header: Header) -> tuple[int, int]:
     return header.header_length, end
 
 
-def _walk(first: bytes, start: int, end: int) -> list[tuple[int, bytes]]:
-    found = []
+def _walk(first: bytes, start: int, end: int) -> Iterator[tuple[int, bytes]]:
     at = start
     while at < end:
         head = first[at : at + 8].ljust(8, b"\0")
@@ -317,9 +317,8 @@ def _walk(first: bytes, start: int, end: int) -> list[tuple[int, bytes]]:
             break
         if at > end or length > end - at:
             raise Error("Header extension too large", errno.EINVAL)
-        found.append((magic, first[at : at + length].ljust(length, b"\0")))
+        yield magic, first[at : at + length].ljust(length, b"\0")
         at += (length + 7) & ~7
-    return found
 
 
 def _feature_names(header: Header, first: bytes, unknown: int) -> str:
@@ -348,9 +347,11 @@ def _feature_names(header: Header, first: bytes, unknown: int) -> str:
 def decode_extensions(header: Header, first: bytes | bytearray) -> None:
     """Fill in `header.extensions` and `header.bitmaps` from the first cluster. Raises Error."""
     start, end = _extension_area(header)
-    header.extensions = _walk(bytes(first), start, end)
+    header.extensions = []
     header.bitmaps = None
-    for magic, data in header.extensions:
+    # What is wrong with one is said before the next one is looked at.
+    for magic, data in _walk(bytes(first), start, end):
+        header.extensions.append((magic, data))
         if magic == EXT_BACKING_FORMAT and len(data) >= 16:
             raise Error(f"ERROR: ext_backing_format: len={len(data)} too large (>=16)", errno.EINVAL)
         if magic == EXT_CRYPTO:

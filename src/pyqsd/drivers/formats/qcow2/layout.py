@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pyqsd.drivers.formats.qcow2.refcounts import new_counts
-from pyqsd.drivers.formats.qcow2.tables import COPIED
+from pyqsd.drivers.formats.qcow2.tables import COPIED, ZERO
 from pyqsd.qapi.errors import from_oserror
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class Layout:
     runs: array[int] | None = field(default_factory=lambda: array("Q"))
     #: Clusters before the end that are free: first and last + 1 of each run.
     free: list[tuple[int, int]] = field(default_factory=list)
+    #: Preallocated clusters are zero clusters: what the file has there would be something else once it is decrypted.
+    zero_clusters: bool = False
     #: The first cluster that is not used.
     end: int = 0
 
@@ -141,7 +143,8 @@ class Layout:
             table = np.zeros((count * self.l2_entries, 2 if self.extended else 1), ">u8")
             data = clusters(index * self.l2_entries, min((index + count) * self.l2_entries, self.data_clusters))
             # With subclusters none is allocated yet: they read as zeroes, or as what the backing file has.
-            table[: len(data), 0] = data << np.uint64(bits) | np.uint64(COPIED)
+            flags = COPIED | ZERO if self.zero_clusters and not self.extended else COPIED
+            table[: len(data), 0] = data << np.uint64(bits) | np.uint64(flags)
             yield first << bits, table.tobytes()
             index += count
 

@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.encryption import Encryption
 
 
+#: No LUKS1 header is larger: eight slots for keys of up to 64 bytes, in 4000 stripes each.
+_MOST_LUKS = 4 << 20
+
+
 async def read_header(node: Node, file: Node, options: Options) -> headers.Header:
     """Read and check the header with its extensions. Raises Error."""
     try:
@@ -38,9 +42,9 @@ async def read_header(node: Node, file: Node, options: Options) -> headers.Heade
     header = headers.decode(first)
     if header.incompatible & headers.INCOMPAT_CORRUPT and not node.read_only:
         raise Error("qcow2: Image is corrupt; cannot be opened read/write", errno.EACCES)
+    check_encryption(header, options)
     headers.decode_extensions(header, first)
     headers.decode_backing_file(header, first)
-    check_encryption(header, options)
     return header
 
 
@@ -144,6 +148,11 @@ async def metadata_map(image: Image, overlap: frozenset[str]) -> MetadataMap:
     mask = image.cluster_mask
     meta = MetadataMap(overlap)
     meta.add("main_header", 0)
+    area = headers.encryption_area(header)
+    if area is not None:
+        # Without it nothing can be read any more. QSD does not look after it.
+        length = min(area[1], _MOST_LUKS, max(0, image.file.length - area[0]))
+        meta.add("main_header", area[0] >> bits, (length + mask) >> bits)
     if header.l1_size:
         meta.add("active_l1", header.l1_offset >> bits, (header.l1_size * 8 + mask) >> bits)
     meta.add("refcount_table", header.reftable_offset >> bits, header.reftable_clusters)
