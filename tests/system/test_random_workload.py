@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.drivers.qcow2 import encrypted
 from tests.support import images
 from tests.system.workload import KiB, MiB, Runner, make_steps
 
@@ -33,6 +34,41 @@ KINDS: dict[str, tuple[str, str, bool, dict[str, Any], dict[str, Any], int]] = {
     "qcow2-discard-no-unref": ("qcow2", "", False, {"discard": "unmap", "discard-no-unref": True}, {}, 14),
     "qcow2-direct": ("qcow2", "cluster_size=16k", True, {"discard": "unmap"}, {"cache": {"direct": True}}, 15),
 }
+
+
+#: name → (method, creation options of `encrypted.make`, extra file node options, seed)
+ENCRYPTED: dict[str, tuple[str, dict[str, Any], dict[str, Any], int]] = {
+    "luks": ("luks", {}, {"discard": "unmap"}, 16),
+    "luks-extended-direct": ("luks", {"extended_l2": True}, {"cache": {"direct": True}}, 17),
+}
+
+
+def run_encrypted(daemon: str, root: Path, spec: tuple[str, dict[str, Any], dict[str, Any], int]) -> bytes:
+    """The same for an encrypted image."""
+    method, creation, file_options, seed = spec
+    root.mkdir()
+    path = encrypted.make(root / "disk.img", SIZE, method, **creation)
+    model = bytearray(SIZE)
+    options = {"discard": "unmap", "encrypt": {"format": method, "key-secret": "s"}}
+    image = {
+        "driver": "qcow2",
+        "format": options,
+        "file": {"filename": "disk.img", **file_options},
+        "objects": [{"qom-type": "secret", "id": "s", "data": encrypted.PASSPHRASE}],
+    }
+    runner = Runner(daemon, root, image, model, extended=seed % 2 == 0)
+    runner.run(make_steps(seed, STEPS, SIZE, MAX_SIZE, creation.get("cluster_size", 64 * KiB)))
+    encrypted.assert_clean(path, method)
+    content = encrypted.read_all(path, method, root / "scratch.raw")
+    assert content == bytes(model), "qemu-img reads something else than the daemon did"
+    return content
+
+
+@pytest.mark.parametrize("name", ENCRYPTED)
+def test_encrypted(name: str, tmp_path: Path) -> None:
+    ours = run_encrypted("pyqsd", tmp_path / "pyqsd", ENCRYPTED[name])
+    theirs = run_encrypted("qsd", tmp_path / "qsd", ENCRYPTED[name])
+    assert hashlib.sha256(ours).digest() == hashlib.sha256(theirs).digest(), "the two daemons end with other contents"
 
 
 def run_workload(

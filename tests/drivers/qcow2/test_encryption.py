@@ -358,3 +358,32 @@ def test_random_damage(tmp_path: Path, method: str) -> None:
         return refused
 
     assert run(main()) > 20
+
+
+@pytest.mark.parametrize("creation", ["data_file_raw=on", "extended_l2=on"])
+def test_data_file(tmp_path: Path, creation: str) -> None:
+    """An encrypted image whose clusters are in another file."""
+    path, data = tmp_path / "disk", tmp_path / "data"
+    options = f"encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,data_file={data},{creation}"
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", *encrypted.SECRET, "-o", options, path, "3M")
+
+    async def main() -> bytearray:
+        graph = await encrypted.graph_with_secret()
+        async with opened(path, graph, encrypt=encrypted.key("luks")) as node:
+            # What is new in a raw data file is anything.
+            await node.pwrite_zeroes(0, node.length)
+            model = Model(node, 6)
+            await model.workload(120, 4, 300_000)
+            await node.truncate(5 * MiB, preallocation="metadata")
+            model.content += bytes(2 * MiB)
+            await model.verify()
+            await node.pwrite(4 * MiB, b"plain text " * 100)
+            model.content[4 * MiB : 4 * MiB + 1100] = b"plain text " * 100
+            await model.workload(60, 1, 100_000)
+            await model.verify()
+        return model.content
+
+    content = run(main())
+    encrypted.assert_clean(path, "luks")
+    assert encrypted.read_all(path, "luks", tmp_path / "raw") == content
+    assert b"plain text plain" not in data.read_bytes()

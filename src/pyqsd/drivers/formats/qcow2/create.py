@@ -237,7 +237,7 @@ async def create(graph: Graph, options: CreateOptions) -> None:
         if options.encrypt is not None:
             luks_region = await _set_up_encryption(graph, header, options.encrypt)
             layout.luks_bytes = len(luks_region)
-            layout.zero_clusters = header.version >= 3 and data_file is None
+            layout.zero_clusters = header.version >= 3
         data = None if data_file is None else _use(stack, graph, data_file)
         for backend in (target, data):
             # As the image has it when it is opened: nobody else writes, and data and tables are not in one file.

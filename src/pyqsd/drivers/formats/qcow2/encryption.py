@@ -316,7 +316,7 @@ class _Encrypting(Writer):
 
     async def _write_in_place(self, first: int, count: int, host: int, length: int, iov: list[memoryview]) -> None:
         image = self.image
-        image.check_overlap(host >> image.cluster_bits, count)
+        image.check_data_overlap(host >> image.cluster_bits, count)
         guest = (first << image.cluster_bits) | (host & image.cluster_mask)
         # While it is encrypted elsewhere, the clusters stay what they are.
         request = InFlight(first, first + count - 1, False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pyqsd.block.extents import DATA
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2.tables import ALL_ALLOCATED, COPIED, OFFSET_MASK
+from pyqsd.drivers.formats.qcow2.tables import ALL_ALLOCATED, ALL_ZERO, COPIED, OFFSET_MASK, ZERO
 from pyqsd.qapi.errors import Error, from_oserror
 
 if TYPE_CHECKING:
@@ -166,8 +166,9 @@ async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode
             index = at & (l2.slice_entries - 1)
             count = min(stop - at, l2.slice_entries - index)
             entries = found.entries[:: l2.words]
-            if entries[index] & OFFSET_MASK:
-                # Left over beyond the old end; it must read as zeroes now.
+            if entries[index] & OFFSET_MASK or (image.encrypted and image.header.version < 3):
+                # Left over beyond the old end; it must read as zeroes now. Or what is new in the file would not do so
+                # once it is decrypted, and version 2 has no other way to say that it shall.
                 await write_zeroes(writer, at << bits, (at + 1) << bits)
                 at += 1
                 continue
@@ -193,13 +194,22 @@ async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode
                 error = exc.prefixed("Failed to resize underlying file: ")
             raise error from exc
         found = await l2.load_for_write(at << bits >> l2.slice_shift)
+        zero, bitmap = _as_new(image)
         for position in range(got):
-            found.entries[(index + position) * l2.words] = (first + position) << bits | COPIED
+            found.entries[(index + position) * l2.words] = (first + position) << bits | COPIED | zero
             if l2.words == 2:
-                found.entries[(index + position) * 2 + 1] = ALL_ALLOCATED
+                found.entries[(index + position) * 2 + 1] = bitmap
         l2.touched(found, index, index + got)
         image.barrier = True
         at += got
+
+
+def _as_new(image: Image) -> tuple[int, int]:
+    """The flag, and for subclusters the bitmap, in L2 entries of preallocated clusters. Zeroes in the file are
+    none once they are decrypted."""
+    if not image.encrypted:
+        return 0, ALL_ALLOCATED
+    return (0 if image.extended else ZERO), ALL_ZERO
 
 
 async def _grow_data_file(image: Image, old: int, length: int, exact: bool, mode: str) -> None:
@@ -222,10 +232,11 @@ async def _grow_data_file(image: Image, old: int, length: int, exact: bool, mode
             raise _prefixed("Could not preallocate new data", exc) from exc
         index = at & (l2.slice_entries - 1)
         count = min(stop - at, l2.slice_entries - index)
+        zero, bitmap = _as_new(image)
         for position in range(count):
-            found.entries[(index + position) * l2.words] = (at + position) << bits | COPIED
+            found.entries[(index + position) * l2.words] = (at + position) << bits | COPIED | zero
             if l2.words == 2:
-                found.entries[(index + position) * 2 + 1] = ALL_ALLOCATED
+                found.entries[(index + position) * 2 + 1] = bitmap
         l2.touched(found, index, index + count)
         image.barrier = True
         at += count
