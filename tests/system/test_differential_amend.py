@@ -126,6 +126,7 @@ SESSIONS = [
             *activate(new_secret="new", old_secret="key"),
             *amend(state="inactive"),
             *amend(state="inactive", new_secret="new"),
+            *amend(state="inactive", keyslot=0, secret="key"),
             *amend(state="inactive", iter_time=10, keyslot=3),
             *amend(state="inactive", old_secret="bad"),
             *amend(state="inactive", old_secret="key"),

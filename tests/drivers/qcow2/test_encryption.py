@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pyqsd.block.driver import WRITE_COMPRESSED
 from pyqsd.block.extents import ALLOCATED, DATA, OFFSET_VALID, ZERO
 from pyqsd.drivers.formats.qcow2.driver import Qcow2
 from pyqsd.drivers.formats.qcow2.options import Options
@@ -164,6 +165,7 @@ def test_nothing_plain_reaches_the_file(tmp_path: Path, method: str) -> None:
                         offset, length, [memoryview(pattern)[: length // 2], memoryview(pattern)[length // 2 : length]]
                     )
                     await node.pwrite(offset & ~511, pattern[: length & ~511])
+            await node.pwrite(2 * MiB, pattern[:65536], WRITE_COMPRESSED)
             await node.pwrite_zeroes(MiB, 700)
             await node.truncate(9 * MiB, preallocation="full")
             await node.pwrite(9 * MiB - 50, marker)

@@ -126,6 +126,8 @@ async def amend_key_slots(
         raise Error("'new-secret' must not be given when erasing keyslots", errno.EINVAL)
     if options.iter_time is not None:
         raise Error("'iter-time' must not be given when erasing keyslots", errno.EINVAL)
+    if options.secret is not None:
+        raise Error("'secret' must not be given when erasing keyslots", errno.EINVAL)
     old = None if options.old_secret is None else passphrase(options.old_secret)
     await luks.erase_keys(header, storage, options.keyslot, old, force)
 

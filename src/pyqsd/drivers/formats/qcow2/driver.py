@@ -606,7 +606,8 @@ class Qcow2(Driver):
     async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
         if not self._ready:
             await self._prepare_write()
-        if flags & WRITE_COMPRESSED:
+        # The format does not encrypt compressed clusters; what is to be secret is rather not compressed.
+        if flags & WRITE_COMPRESSED and not self.image.encrypted:
             if self._packer is None:
                 from pyqsd.drivers.formats.qcow2.packing import Packer
 
