@@ -30,6 +30,7 @@ KINDS: dict[str, tuple[str, str, tuple[str, ...], int, int]] = {
     "widest": ("4M", "refcount_bits=64,cluster_size=16k", ("write 0 128k", "write 1M 64k"), 1, 1),
     "subclusters": ("4M", "extended_l2=on", ("write 0 10k", "write 64k 64k", "write -z 128k 8k", "write 1M 2k"), 1, 0),
     "subclusters-packed": ("4M", "extended_l2=on,cluster_size=16k", ("write -c 0 16k", "write 64k 64k"), 0, 0),
+    "data-file": ("4M", "data_file={raw},cluster_size=4k", ("write 0 100k", "write 1M 20k", "write -z 200k 64k"), 0, 0),
     "preallocated": ("4M", "preallocation=metadata,cluster_size=4k", ("write 0 10k",), 0, 0),
 }
 
@@ -37,7 +38,7 @@ KINDS: dict[str, tuple[str, str, tuple[str, ...], int, int]] = {
 def make(path: Path, kind: str) -> None:
     """An image of one of `KINDS`."""
     size, options, commands, snapshots, bitmaps = KINDS[kind]
-    images.create(path, size, "qcow2", options)
+    images.create(path, size, "qcow2", options.format(raw=path.with_suffix(".raw")))
     for index in range(bitmaps):
         peers.run("qemu-img", "bitmap", "--add", "-g", "64k", "-f", "qcow2", path, f"b{index}")
     for index, command in enumerate(commands):

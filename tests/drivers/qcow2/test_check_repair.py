@@ -268,14 +268,12 @@ def test_image_marked_as_corrupt(sound: Any, tmp_path: Path) -> None:
     images.assert_clean(path)
 
 
-def test_node_goes_on_after_a_repair(sound: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["snapshots", "bitmaps", "subclusters"])
+@pytest.mark.parametrize("how", ["rebuild", "in-place"])
+def test_node_goes_on_after_a_repair(kind: str, how: str, sound: Any, tmp_path: Path) -> None:
     """What it has in memory is that of the repaired image."""
     path = tmp_path / "disk.qcow2"
-    data = bytearray(sound("snapshots"))
-    table = int.from_bytes(data[48:56], "big")
-    block = int.from_bytes(data[table : table + 8], "big")
-    data[block : block + 64] = bytes(64)
-    path.write_bytes(data)
+    path.write_bytes(damaged(sound, kind, how))
 
     async def use() -> None:
         async with opened(path) as node:
@@ -289,8 +287,13 @@ def test_node_goes_on_after_a_repair(sound: Any, tmp_path: Path) -> None:
 
     run(use())
     images.assert_clean(path)
-    for name in ("s0", "s1", "s2"):
-        peers.run("qemu-img", "snapshot", "-a", name, path)
+    found = images.info(path)
+    assert [one["name"] for one in found.get("snapshots", [])] == [f"s{n}" for n in range(mangled.KINDS[kind][3])]
+    bitmaps = found["format-specific"]["data"].get("bitmaps", [])
+    assert sorted(one["name"] for one in bitmaps) == [f"b{n}" for n in range(mangled.KINDS[kind][4])]
+    assert not any("in-use" in one["flags"] for one in bitmaps)
+    for one in found.get("snapshots", []):
+        peers.run("qemu-img", "snapshot", "-a", one["name"], path)
 
 
 # --- crashes ----------------------------------------------------------------------------------------
