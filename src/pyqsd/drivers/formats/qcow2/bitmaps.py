@@ -53,10 +53,6 @@ async def load(image: Image, node: Node) -> None:
             await _read(image, one, bitmap, budget)
         loaded[name] = bitmap
     if writable:
-        try:
-            await image.clear_autoclear()
-        except OSError as exc:
-            raise from_oserror(exc, "Could not update qcow2 header") from exc
         await mark_in_use(image)
     node.dirty_bitmaps.update(loaded)
 
@@ -117,6 +113,8 @@ async def mark_in_use(image: Image) -> None:
         if len(data) != directory.directory_size:
             # A name that ends within itself.
             raise OSError(errno.EINVAL, "The directory cannot be written as it is")
+        # This is the first write to the image.
+        await image.clear_autoclear()
         # In place: whichever part of the flags reaches the disk, no bitmap has been changed before all of them.
         await image.file.pwrite(directory.directory_offset, data)
         await image.file.flush()
