@@ -109,6 +109,12 @@ def make_bitmaps(context: Context) -> None:
     images.io(path, "write -P 1 0 200k")
 
 
+def make_data_file(context: Context) -> None:
+    path = context.workdir / "names.qcow2"
+    images.create(path, 4 << 20, "qcow2", "data_file=data.raw", cwd=context.workdir)
+    images.io(path, "write -P 5 0 128k", cwd=context.workdir)
+
+
 SESSIONS = [
     Session(
         "x-blockdev-change",
@@ -607,6 +613,33 @@ SESSIONS = [
             Do("check", lambda c: images.check(c.workdir / "bitmaps.qcow2")["check-errors"]),
         ],
         images=("plain.qcow2",),
+    ),
+    Session(
+        "snapshot-of-children",
+        [
+            Do("make", make_data_file),
+            add(driver="file", node_name="d", filename="data.raw"),
+            add(driver="qcow2", node_name="q", file=file("names.qcow2"), data_file="d"),
+            add(driver="file", node_name="f", filename="plain.qcow2"),
+            add(driver="qcow2", node_name="p", file="f"),
+            add(driver="qcow2", node_name="od", file=file("c4k.qcow2"), backing=None),
+            add(driver="qcow2", node_name="of", file=file("rb1.qcow2"), backing=None),
+            NBD_START,
+            export("eq", "q", writable=True),
+            export("ep", "p", writable=True),
+            snap("d", "od"),
+            snap("f", "of"),
+            GRAPH,
+            once("q", "write", write(b"x", 1 << 20)),
+            once("p", "write", write(b"y", 3 << 20)),
+            once("q", "read", read(1 << 20)),
+            once("q", "read below", read(100 << 10)),
+            once("p", "read", read(3 << 20)),
+            once("p", "read below", read(0)),
+            Do("data file", lambda c: (c.workdir / "data.raw").read_bytes()[1 << 20 :][:512].hex()),
+            GRAPH,
+        ],
+        images=("plain.qcow2", "c4k.qcow2", "rb1.qcow2"),
     ),
 ]
 

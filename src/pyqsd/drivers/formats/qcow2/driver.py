@@ -286,9 +286,12 @@ class Qcow2(Driver):
         self.node.auto_backing_filename = None
 
     def child_changed(self, child: Child) -> None:
+        image = self.image
         if child is self.file:
-            self.image.use_file(child.node)
-            self._data = self.image.data
+            image.use_file(child.node)
+        elif child.name == "data-file":
+            image.data = child.node
+        self._data = image.data
 
     async def _complete(self) -> None:
         """Bring everything to disk, refcounts too, and say so in the header. Raises OSError."""
