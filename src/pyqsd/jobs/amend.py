@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 
+from pyqsd.block import permissions as perms
 from pyqsd.block.amend import BlockdevAmendOptions
+from pyqsd.block.backend import BlockBackend
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
 from pyqsd.jobs.job import Job, Jobs, JobType
@@ -21,6 +23,9 @@ class AmendJob(Job):
     def __init__(self, jobs: Jobs, id: str, node: Node, options: BlockdevAmendOptions, force: bool) -> None:
         super().__init__(jobs, id, auto_dismiss=False)
         self._node = node
+        # Needs nothing of the node but that it stays.
+        self._hold = BlockBackend(node.graph, f"job '{id}'", 0, perms.ALL)
+        self._hold.insert(node)
         self._options = options
         self._force = force
 
@@ -30,6 +35,9 @@ class AmendJob(Job):
             await self._node.driver.amend(self._options, self._force)
         finally:
             self.advance(1)
+
+    async def clean(self) -> None:
+        self._hold.remove()
 
 
 @command("x-blockdev-amend", features=("unstable",))
