@@ -60,12 +60,17 @@ def _blkdebug(path: Path) -> dict[str, Any]:
     }
 
 
+def _copy_on_read(path: Path) -> dict[str, Any]:
+    return {"driver": "copy-on-read", "file": {**_qcow2(path), "read-only": False}}
+
+
 #: Driver → how to make an image at a path, and its options.
 MAKERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "file": _raw_file,
     "raw": _raw,
     "blkdebug": _blkdebug,
     "compress": lambda path: {"driver": "compress", "file": _qcow2(path)},
+    "copy-on-read": _copy_on_read,
     "qcow2": _qcow2,
     "null-co": lambda path: {"driver": "null-co", "size": SIZE, "read-zeroes": True},
     "null-aio": lambda path: {"driver": "null-aio", "size": SIZE, "read-zeroes": True},

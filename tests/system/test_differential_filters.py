@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,13 +67,11 @@ def requests(label: str, node: str, *wanted: Request) -> Do:
 
 
 def content(filename: str = "raw.img") -> Do:
-    """What is in the file, and how much space it takes once it is all on the disk."""
+    """What is in the file. (How much space it takes is the file system's business, and differs now and then.)"""
 
     def run(context: Context) -> Any:
         with open(context.workdir / filename, "rb") as file:
-            os.fsync(file.fileno())
-            status = os.fstat(file.fileno())
-            return [status.st_size, status.st_blocks, hashlib.sha256(file.read()).hexdigest()]
+            return hashlib.sha256(file.read()).hexdigest()
 
     return Do(f"content of {filename}", run)
 
@@ -355,6 +353,118 @@ SESSIONS = [
             delete("f"),
             cmd("block_resize", node_name="d", size=2 * K * K),
             NODES,
+        ],
+        images=("raw.img",),
+    ),
+]
+
+
+# --- copy-on-read ----------------------------------------------------------------------------------------------------
+
+
+def make_chain(context: Context) -> None:
+    """A chain of three with data, zeroes and holes in every layer; the top is extended L2 or not, and larger."""
+
+    def image(name: str, size: str, *commands: str, options: str = "cluster_size=64k") -> None:
+        below = {"top.qcow2": ("qcow2", "mid.qcow2"), "mid.qcow2": ("raw", "raw.img")}[name]
+        create = ["create", "-q", "-f", "qcow2", "-o", options, "-F", below[0], "-b", below[1], name, size]
+        peers.run("qemu-img", *create, cwd=context.workdir)
+        peers.run("qemu-io", *(part for c in commands for part in ("-c", c)), name, cwd=context.workdir)
+
+    image("mid.qcow2", "1M", "write -P 40 128k 64k", "write -z 512k 32k", "write -P 41 700k 3k")
+    image("top.qcow2", "1100k", "write -P 50 192k 10k", "write -z 640k 64k", options="cluster_size=64k,extended_l2=on")
+
+
+def layers(context: Context) -> Any:
+    """Which layer has what."""
+    done = peers.run("qemu-img", "map", "-U", "--output=json", "top.qcow2", cwd=context.workdir)
+    return [[e["start"], e["length"], e["depth"], e["zero"], e["data"]] for e in json.loads(done.stdout)]
+
+
+def overlay(**file: Any) -> dict[str, Any]:
+    middle = {
+        "driver": "qcow2",
+        "node-name": "mid",
+        "file": {"driver": "file", "filename": "mid.qcow2"},
+        "backing": {"driver": "raw", "node-name": "base", "file": {"driver": "file", "filename": "raw.img"}},
+    }
+    below = file or {"driver": "file", "filename": "top.qcow2"}
+    return {"driver": "qcow2", "node-name": "top", "file": below, "backing": middle}
+
+
+READS: tuple[Request, ...] = (
+    ("pread", 10, 100, 4),
+    ("pread", 60 * K, 4 * K, 4),
+    ("pread", 130 * K, 1, 4),
+    ("pread", 190 * K, 30 * K, 4),
+    ("pread", 500 * K, 40 * K, 4),
+    ("pwrite", 701 * K, b"x" * 100),
+    ("pread", 690 * K, 40 * K, 4),
+    ("pread", 1000 * K, 100 * K, 4),
+    ("flush",),
+)
+
+
+def copy_on_read_session(name: str, expose: bool = False, **more: Any) -> Session:
+    file = more.pop("below", None)
+    return Session(
+        f"copy-on-read-{name}",
+        [
+            Do("make", make_chain),
+            NBD_START,
+            add(**overlay(**(file or {}))),
+            add(driver="copy-on-read", node_name="c", file="top", **more),
+            export("c") if not expose else cmd("block-export-add", type="nbd", id="e-c", node_name="c"),
+            # With a bottom node, QSD leaves what is beyond its end as it was in memory.
+            requests("reads", "c", *(READS if "bottom" not in more else [r for r in READS if r[1:2] != (1000 * K,)])),
+            GRAPH,
+            unexport("c"),
+            delete("c"),
+            delete("top"),
+            Do("layers", layers),
+        ],
+        images=("raw.img",),
+    )
+
+
+SESSIONS += [
+    copy_on_read_session("all"),
+    copy_on_read_session("read-only-export", expose=True),
+    copy_on_read_session("bottom-mid", bottom="mid"),
+    copy_on_read_session("bottom-base", bottom="base"),
+    copy_on_read_session("bottom-top", bottom="top"),
+    copy_on_read_session(
+        "disk-full",
+        below={
+            "driver": "blkdebug",
+            "image": {"driver": "file", "filename": "top.qcow2"},
+            "inject-error": [{"event": "write_aio", "iotype": "write", "errno": 28, "once": True}],
+        },
+    ),
+    Session(
+        "copy-on-read-options",
+        [
+            Do("make", make_chain),
+            add(driver="copy-on-read", node_name="c"),
+            add(driver="copy-on-read", node_name="c", file="nosuch"),
+            add(driver="copy-on-read", node_name="c", file={"driver": "file", "filename": "top.qcow2"}, bottom="x"),
+            add(driver="copy-on-read", node_name="c", read_only=True, file={**FILE}),
+            add(driver="copy-on-read", node_name="c", file={**FILE, "read-only": True}, auto_read_only=True),
+            add(**overlay()),
+            add(driver="copy-on-read", node_name="c", file="top", bottom=""),
+            add(driver="copy-on-read", node_name="c", file="top", bottom="base"),
+            NODES,
+            GRAPH,
+            add(driver="copy-on-read", node_name="d", file="c", bottom="c"),
+            *(
+                reopen(driver="copy-on-read", node_name="c", file="top", **more)
+                for more in ({}, {"bottom": "mid"}, {"bottom": "base"}, {"read_only": True})
+            ),
+            delete("mid"),
+            delete("top"),
+            cmd("block_resize", node_name="c", size=2 * K * K),
+            NODES,
+            delete("c"),
         ],
         images=("raw.img",),
     ),

@@ -251,6 +251,10 @@ class Driver:
 
     # --- where the data is ------------------------------------------------------------------------------------------
 
+    def allocation_unit(self) -> int:
+        """Bytes that are allocated together, and are better copied together."""
+        return 1
+
     def map(self, offset: int, length: int) -> Extent | None:
         """Where the bytes at ``[offset, offset + length)`` are, for a prefix of that range, from what is in memory;
         None when metadata must be read first (`load_map`). See `pyqsd.block.extents`. Must not wait, has no effect."""
@@ -382,6 +386,9 @@ class Filter(Driver):
 
     async def truncate(self, length: int, exact: bool, preallocation: str, zero_new: bool) -> None:
         await self.target.truncate(length, exact=exact, preallocation=preallocation, zero_new=zero_new)
+
+    def allocation_unit(self) -> int:
+        return self.target.driver.allocation_unit()
 
     def map(self, offset: int, length: int) -> Extent | None:
         from pyqsd.block.extents import OFFSET_VALID, RAW

@@ -422,6 +422,23 @@ class Node:
                 self._serialising -= 1
             self._write_done(request, offset, length, discard)
 
+    async def exclusively(self, start: int, end: int, action: Callable[[], Awaitable[None]]) -> None:
+        """Run `action`, which writes to ``[start, end)`` what can be read there anyway, while no write touches it."""
+        request = Tracked(start, end, True)
+        self.in_flight += 1
+        self._tracked.add(request)
+        self._serialising += 1
+        try:
+            await self._wait_for_overlapping(request)
+            await action()
+        finally:
+            self._serialising -= 1
+            self._write_generation += 1
+            self._tracked.discard(request)
+            if request.done is not None:
+                request.done.set_result(None)
+            self._request_done()
+
     def _write_done(self, request: Tracked, offset: int, length: int, discard: bool) -> None:
         # Even a failed write may have changed something.
         self._write_generation += 1

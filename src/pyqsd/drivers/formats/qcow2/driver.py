@@ -342,6 +342,9 @@ class Qcow2(Driver):
 
     # --- size -------------------------------------------------------------------------------------------------------
 
+    def allocation_unit(self) -> int:
+        return self.image.unit_size
+
     def refresh_limits(self, limits: Limits) -> None:
         if self.image.encrypted:
             limits.request_alignment = _SECTOR
