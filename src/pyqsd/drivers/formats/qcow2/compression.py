@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING
 
 from pyqsd.drivers.formats.qcow2 import header as headers
@@ -15,8 +18,8 @@ from pyqsd.drivers.formats.qcow2 import header as headers
 if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.image import Image
 
-#: Clusters from this size on (bytes) are unpacked in a worker thread.
-_WORKER_FROM = 256 << 10
+#: From this size on (bytes, unpacked) worker threads do it.
+_WORKER_FROM = 32 << 10
 #: Bytes of unpacked clusters that are kept.
 _KEEP_BYTES = 4 << 20
 
@@ -36,7 +39,7 @@ def clusters(entry: int, cluster_bits: int) -> tuple[int, int]:
     return first, ((offset + size - 1) >> cluster_bits) - first + 1
 
 
-def unpack(kind: int, data: bytes | bytearray, size: int) -> bytes:
+def unpack(kind: int, data: bytes | bytearray | memoryview, size: int) -> bytes:
     """The first `size` bytes of what `data` decompresses to. Raises OSError if there are fewer."""
     if kind == headers.COMPRESSION_ZLIB:
         try:
@@ -50,13 +53,13 @@ def unpack(kind: int, data: bytes | bytearray, size: int) -> bytes:
     return plain
 
 
-def _unpack_zstd(data: bytes | bytearray, size: int) -> bytes:
+def _unpack_zstd(data: bytes | bytearray | memoryview, size: int) -> bytes:
     try:
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         from backports import zstd
     plain = b""
-    rest = bytes(data)
+    rest: bytes | bytearray | memoryview = data
     try:
         # A cluster may be several frames.
         while len(plain) < size and rest:
@@ -73,6 +76,16 @@ def _unpack_zstd(data: bytes | bytearray, size: int) -> bytes:
     return plain
 
 
+@cache
+def workers() -> ThreadPoolExecutor:
+    """The threads that pack and unpack, as many as there are cores."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "qcow2-pack")
+
+
+def _unpack_all(kind: int, pieces: list[memoryview], size: int) -> list[bytes]:
+    return [unpack(kind, data, size) for data in pieces]
+
+
 class Unpacked:
     """The compressed clusters of an image that were read last, unpacked."""
 
@@ -80,30 +93,76 @@ class Unpacked:
         self._image = image
         self._kept: dict[int, bytes] = {}
         self._most = max(1, _KEEP_BYTES >> image.cluster_bits)
-
-    def peek(self, entry: int) -> bytes | None:
-        """The content, if it is in memory."""
-        return self._kept.get(entry)
+        self._reading: dict[int, asyncio.Future[None]] = {}
+        #: Counts how often compressed data may have gone or changed.
+        self.generation = 0
 
     def forget(self) -> None:
         """Compressed data may have gone or changed."""
+        self.generation += 1
         self._kept.clear()
 
     async def read(self, entry: int) -> bytes:
         """The content of the cluster that the L2 entry `entry` describes. Raises OSError."""
-        plain = self._kept.get(entry)
-        if plain is not None:
-            return plain
-        image = self._image
-        offset, length = location(entry, image.cluster_bits)
-        image.event("read_compressed")
-        data = await image.file.pread(offset, length)
-        kind, size = image.header.compression_type, image.cluster_size
-        if size >= _WORKER_FROM:
-            plain = await asyncio.get_running_loop().run_in_executor(None, unpack, kind, data, size)
-        else:
-            plain = unpack(kind, data, size)
-        if len(self._kept) >= self._most:
-            del self._kept[next(iter(self._kept))]
-        self._kept[entry] = plain
-        return plain
+        return (await self.read_all([entry]))[0]
+
+    async def read_all(self, entries: list[int]) -> list[bytes]:
+        """The contents of the clusters that these L2 entries describe. Raises OSError."""
+        kept = self._kept
+        while any(entry in self._reading for entry in entries):
+            # Read and unpacked once only, however many ask for it.
+            for entry in entries:
+                if (other := self._reading.get(entry)) is not None:
+                    await asyncio.shield(other)
+        missing = [entry for entry in dict.fromkeys(entries) if entry not in kept]
+        if not missing:
+            return [kept[entry] for entry in entries]
+        generation = self.generation
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reading.update(dict.fromkeys(missing, done))
+        try:
+            plain = {entry: kept[entry] for entry in entries if entry in kept}
+            plain.update(zip(missing, await self._unpack(await self._fetch(missing)), strict=True))
+        finally:
+            for entry in missing:
+                del self._reading[entry]
+            done.set_result(None)
+        if generation == self.generation:
+            for entry in missing[-self._most :]:
+                if len(kept) >= self._most:
+                    del kept[next(iter(kept))]
+                kept[entry] = plain[entry]
+        return [plain[entry] for entry in entries]
+
+    async def _fetch(self, entries: list[int]) -> list[memoryview]:
+        """The compressed data of these entries; what is stored side by side is read at once."""
+        bits = self._image.cluster_bits
+        pieces: list[memoryview] = []
+        places = [location(entry, bits) for entry in entries]
+        at = 0
+        while at < len(places):
+            start = places[at][0]
+            end = start + places[at][1]
+            stop = at + 1
+            # Sectors are shared by neighbours.
+            while stop < len(places) and start < places[stop][0] <= end:
+                end = max(end, places[stop][0] + places[stop][1])
+                stop += 1
+            data = memoryview(await self._image.file.pread(start, end - start))
+            pieces += [data[offset - start : offset - start + length] for offset, length in places[at:stop]]
+            at = stop
+        return pieces
+
+    async def _unpack(self, pieces: list[memoryview]) -> list[bytes]:
+        kind, size = self._image.header.compression_type, self._image.cluster_size
+        if len(pieces) * size < _WORKER_FROM:
+            return _unpack_all(kind, pieces, size)
+        loop = asyncio.get_running_loop()
+        pool = workers()
+        # Each worker takes a share of neighbours.
+        share = -(-len(pieces) // len(os.sched_getaffinity(0)))
+        jobs = [
+            loop.run_in_executor(pool, _unpack_all, kind, pieces[at : at + share], size)
+            for at in range(0, len(pieces), share)
+        ]
+        return [plain for job in await asyncio.gather(*jobs) for plain in job]

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.image import Image
     from pyqsd.drivers.formats.qcow2.packing import Packer
 
+#: Compressed clusters that are unpacked at a time, bytes.
+_UNPACK_MOST = 2 << 20
 _STORED = DATA | ALLOCATED | OFFSET_VALID
 #: What is encrypted by itself, bytes.
 _SECTOR = 512
@@ -419,6 +421,9 @@ class Qcow2(Driver):
         """`map` for everything but ordinary clusters; `n`: bytes to the end of the cluster."""
         size = self._size
         if entry & tables.COMPRESSED:
+            while n < length and at < self._slice_mask and entries[at + 1] & tables.COMPRESSED:
+                at += 1
+                n += size
             return (min(n, length), DATA | ALLOCATED | COMPRESSED | DRIVER, None, 0)
         host = entry & OFFSET_MASK
         if host & self._mask or (entry & tables.ZERO and self.image.header.version < 3):
@@ -585,20 +590,18 @@ class Qcow2(Driver):
     # --- I/O -----------------------------------------------------------------------------------------------------
 
     async def preadv(self, offset: int, length: int, iov: list[memoryview]) -> None:
-        image = self.image
         done = 0
         while done < length:
             n, flags, node, at = await self.load_map(offset + done, length - done)
+            if flags & COMPRESSED:
+                n = min(n, max(_UNPACK_MOST, self._size - ((offset + done) & self._mask)))
             part = iovs.part(iov, done, n)
             access = self._access
             if access is not None and flags & DRIVER and not flags & COMPRESSED:
                 await access.read(offset + done, n, part)
             elif flags & DRIVER:
-                found = image.l2.slices[(offset + done) >> self._slice_shift]
-                entry = found.entries[(((offset + done) >> self._bits) & self._slice_mask) * image.l2.words]
-                within = (offset + done) & self._mask
-                plain = await self._unpacked.read(entry)
-                iovs.copy(part, [memoryview(plain)[within : within + n]])
+                if not await self._read_compressed(offset + done, n, part):
+                    continue
             elif flags & ZERO:
                 iovs.fill_zero(part)
             elif node is not None:
@@ -608,6 +611,35 @@ class Qcow2(Driver):
             else:
                 iovs.fill_zero(part)
             done += n
+
+    async def _read_compressed(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        """Read neighbouring compressed clusters; False if they were replaced meanwhile. Raises OSError."""
+        unpacked = self._unpacked
+        generation = unpacked.generation
+        entries = self._entries(offset, length)
+        try:
+            clusters = await unpacked.read_all(entries)
+        except OSError:
+            if generation != unpacked.generation and entries != self._entries(offset, length):
+                return False
+            raise
+        if generation != unpacked.generation and entries != self._entries(offset, length):
+            return False
+        within = offset & self._mask
+        plain = [memoryview(cluster) for cluster in clusters]
+        plain[0] = plain[0][within:]
+        iovs.copy(iov, plain)
+        return True
+
+    def _entries(self, offset: int, length: int) -> list[int]:
+        """The L2 entries of a range within a slice; none if that is not in memory."""
+        l2 = self.image.l2
+        found = l2.slices.get(offset >> self._slice_shift)
+        if found is None:
+            return []
+        first = (offset >> self._bits) & self._slice_mask
+        stop = first + (((offset & self._mask) + length + self._mask) >> self._bits)
+        return list(found.entries[first * l2.words : stop * l2.words : l2.words])
 
     async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
         if not self._ready:

@@ -41,7 +41,11 @@ def map_entry(image: Image, found: Slice, offset: int, length: int) -> Extent | 
     entry, bitmap = found.entries[2 * index], found.entries[2 * index + 1]
     within = offset & image.cluster_mask
     if entry & COMPRESSED:
-        return (min(length, image.cluster_size - within), DATA | ALLOCATED | IS_COMPRESSED | DRIVER, None, 0)
+        n = image.cluster_size - within
+        while n < length and index + 1 < image.l2.slice_entries and found.entries[2 * index + 2] & COMPRESSED:
+            index += 1
+            n += image.cluster_size
+        return (min(length, n), DATA | ALLOCATED | IS_COMPRESSED | DRIVER, None, 0)
     host = entry & OFFSET_MASK
     if host & image.cluster_mask or not is_valid(image, entry, bitmap):
         return None

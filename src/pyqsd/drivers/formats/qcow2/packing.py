@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from typing import TYPE_CHECKING
 
 from pyqsd.block import iov as iovs
 from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2.compression import workers
 from pyqsd.drivers.formats.qcow2.refcounts import MissingBlock
 from pyqsd.drivers.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK
 from pyqsd.drivers.formats.qcow2.write import InFlight
@@ -32,12 +30,6 @@ _PIECE = 4 << 20
 #: QEMU unpacks with a window of 4 KiB.
 _WINDOW_BITS = -12
 _ZSTD_LEVEL = 3
-
-
-@cache
-def workers() -> ThreadPoolExecutor:
-    """The threads that pack and unpack, as many as there are cores."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "qcow2-pack")
 
 
 def pack(kind: int, data: bytes) -> bytes | None:
