@@ -346,6 +346,12 @@ def test_huge_iteration_counts_hold_up_nobody(region: bytes) -> None:
     asyncio.run(go())
 
 
+def test_more_iterations_than_there_can_be(region: bytes) -> None:
+    bad = _mangled(region, SLOT0 + 4, struct.pack(">I", 0xFFFFFFFF))
+    with pytest.raises(Error, match="PBKDF iterations 4294967295 larger than 2147483647"):
+        asyncio.run(luks.open_volume(Memory(bad), b"geheim"))
+
+
 def test_errors_do_not_show_passphrases(region: bytes) -> None:
     try:
         asyncio.run(luks.open_volume(Memory(region), b"not-this-one"))

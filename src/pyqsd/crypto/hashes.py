@@ -29,6 +29,8 @@ _DIGEST_BYTES = {
     QCryptoHashAlgo.RIPEMD160: 20,
     QCryptoHashAlgo.SM3: 32,
 }
+#: The library takes no more; the format has room for twice as many.
+_MOST_ITERATIONS = (1 << 31) - 1
 #: How long the speed of the key derivation is measured, seconds.
 _MEASURE = 0.05
 
@@ -52,9 +54,10 @@ def _missing(alg: QCryptoHashAlgo) -> Error:
 
 def pbkdf2(alg: QCryptoHashAlgo, password: bytes | bytearray, salt: bytes, iterations: int, length: int) -> bytearray:
     """A key of `length` bytes. Takes long by design, and leaves the GIL to others meanwhile. Raises Error."""
+    if iterations > _MOST_ITERATIONS:
+        raise Error(f"PBKDF iterations {iterations} larger than {_MOST_ITERATIONS}", errno.ERANGE)
     try:
-        # More than this is an error of the library, although the format has room for a little more.
-        return bytearray(hashlib.pbkdf2_hmac(alg.value, password, salt, min(iterations, (1 << 31) - 1), length))
+        return bytearray(hashlib.pbkdf2_hmac(alg.value, password, salt, iterations, length))
     except ValueError:
         raise _missing(alg) from None
 
