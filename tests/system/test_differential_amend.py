@@ -152,7 +152,7 @@ SESSIONS = [
         [
             *SECRETS,
             luks(),
-            *(step for _ in range(8) for step in activate(new_secret="new")),
+            *(step for _ in range(7) for step in activate(new_secret="new")),
             *amend(state="inactive", old_secret="new"),
             *activate(new_secret="bad"),
         ],
