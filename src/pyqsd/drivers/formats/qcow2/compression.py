@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from pyqsd.drivers.formats.qcow2 import header as headers
@@ -18,8 +20,11 @@ from pyqsd.drivers.formats.qcow2 import header as headers
 if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.image import Image
 
-#: From this size on (bytes, unpacked) worker threads do it.
-_WORKER_FROM = 32 << 10
+#: What is unpacked at once by the loop's own thread, at most, in bytes of content: about half a millisecond's work. The
+#: way to a worker thread and back costs as much as 32 KiB of that do with zlib, or several hundred with zstd.
+_OWN_MOST = {headers.COMPRESSION_ZLIB: 256 << 10, headers.COMPRESSION_ZSTD: 1 << 20}
+#: Less than this (bytes of content) is no work for others.
+_SHARE_LEAST = {headers.COMPRESSION_ZLIB: 32 << 10, headers.COMPRESSION_ZSTD: 512 << 10}
 #: Bytes of unpacked clusters that are kept.
 _KEEP_BYTES = 4 << 20
 
@@ -53,11 +58,18 @@ def unpack(kind: int, data: bytes | bytearray | memoryview, size: int) -> bytes:
     return plain
 
 
-def _unpack_zstd(data: bytes | bytearray | memoryview, size: int) -> bytes:
+@cache
+def zstd_module() -> ModuleType:
+    """The library for zstd. Looking for one that is not there takes longer than to unpack a cluster."""
     try:
         from compression import zstd  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
         from backports import zstd
+    return zstd  # type: ignore[no-any-return, unused-ignore]
+
+
+def _unpack_zstd(data: bytes | bytearray | memoryview, size: int) -> bytes:
+    zstd = zstd_module()
     plain = b""
     rest: bytes | bytearray | memoryview = data
     try:
@@ -80,6 +92,12 @@ def _unpack_zstd(data: bytes | bytearray | memoryview, size: int) -> bytes:
 def workers() -> ThreadPoolExecutor:
     """The threads that pack and unpack, as many as there are cores."""
     return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "qcow2-pack")
+
+
+@cache
+def _helpers() -> threading.Semaphore:
+    """The cores beside that of the loop: as many of the workers may help it to unpack."""
+    return threading.Semaphore(max(1, len(os.sched_getaffinity(0)) - 1))
 
 
 def _unpack_all(kind: int, pieces: list[memoryview], size: int) -> list[bytes]:
@@ -154,15 +172,38 @@ class Unpacked:
         return pieces
 
     async def _unpack(self, pieces: list[memoryview]) -> list[bytes]:
+        """Unpack `pieces`: helpers that are free take a share each, and the loop's own thread does the rest, if that is
+        not too much for it."""
         kind, size = self._image.header.compression_type, self._image.cluster_size
-        if len(pieces) * size < _WORKER_FROM:
+        shares = 1
+        if len(pieces) * size >= _SHARE_LEAST[kind]:
+            while shares <= len(pieces) and _helpers().acquire(blocking=False):
+                shares += 1
+        if shares == 1 and len(pieces) * size <= _OWN_MOST[kind]:
             return _unpack_all(kind, pieces, size)
-        loop = asyncio.get_running_loop()
-        pool = workers()
-        # Each worker takes a share of neighbours.
-        share = -(-len(pieces) // len(os.sched_getaffinity(0)))
-        jobs = [
-            loop.run_in_executor(pool, _unpack_all, kind, pieces[at : at + share], size)
-            for at in range(0, len(pieces), share)
-        ]
-        return [plain for job in await asyncio.gather(*jobs) for plain in job]
+        # A single cluster is not shared: whoever is free does it.
+        mine = len(pieces) // shares
+        own, rest = pieces[:mine], pieces[mine:]
+        step = max(1, -(-len(rest) // max(1, shares - 1)))
+        jobs = [self._hand_out(kind, rest[at : at + step], True) for at in range(0, len(rest), step)]
+        for _ in range(shares - 1 - len(jobs)):
+            _helpers().release()
+        if mine * size > _OWN_MOST[kind]:
+            jobs.insert(0, self._hand_out(kind, own, False))
+            own = []
+        others = asyncio.gather(*jobs)
+        try:
+            plain = _unpack_all(kind, own, size)
+        except BaseException:
+            others.cancel()
+            raise
+        for part in await others:
+            plain += part
+        return plain
+
+    def _hand_out(self, kind: int, pieces: list[memoryview], helper: bool) -> asyncio.Future[list[bytes]]:
+        """Let a worker unpack `pieces`. A `helper` is free again when it is done, before the loop knows."""
+        work = workers().submit(_unpack_all, kind, pieces, self._image.cluster_size)
+        if helper:
+            work.add_done_callback(lambda _: _helpers().release())
+        return asyncio.wrap_future(work)

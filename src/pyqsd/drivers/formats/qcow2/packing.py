@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pyqsd.block import iov as iovs
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2.compression import workers
+from pyqsd.drivers.formats.qcow2.compression import workers, zstd_module
 from pyqsd.drivers.formats.qcow2.refcounts import MissingBlock
 from pyqsd.drivers.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK
 from pyqsd.drivers.formats.qcow2.write import InFlight
@@ -43,11 +43,7 @@ def pack(kind: int, data: bytes) -> bytes | None:
 
 
 def _pack_zstd(data: bytes) -> bytes:
-    try:
-        from compression import zstd  # type: ignore[import-not-found, unused-ignore]
-    except ImportError:
-        from backports import zstd
-    return bytes(zstd.compress(data, level=_ZSTD_LEVEL))
+    return bytes(zstd_module().compress(data, level=_ZSTD_LEVEL))
 
 
 def descriptor(host: int, size: int, cluster_bits: int) -> int:
