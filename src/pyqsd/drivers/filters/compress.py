@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from typing import Any
 
 from pyqsd.block.driver import FUA, ROLE_FILTERED, ROLE_PRIMARY, WRITE_COMPRESSED, WRITE_UNCHANGED, Filter, Limits
 from pyqsd.block.node import Node
@@ -26,7 +27,7 @@ class Compress(Filter):
     async def open(self) -> None:
         child = await self.node.open_child("file", self.options.file, ROLE_FILTERED | ROLE_PRIMARY)
         driver = child.node.driver
-        if driver.is_filter or not driver.write_flags & WRITE_COMPRESSED:
+        if not driver.write_flags & WRITE_COMPRESSED:
             raise Error(f"Compression is not supported for underlying format: {driver.name}", errno.ENOTSUP)
 
     def refresh_limits(self, limits: Limits) -> None:
@@ -37,7 +38,17 @@ class Compress(Filter):
         return None
 
     async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
+        below = self.target
+        while isinstance(below.driver, Filter):
+            below = below.driver.target
+        if not below.driver.write_flags & WRITE_COMPRESSED:
+            raise OSError(errno.ENOTSUP, "compressed")
         await self.target.pwritev(offset, length, iov, flags | WRITE_COMPRESSED)
+
+    async def reopen_prepare(self, options: Any, read_only: bool) -> Any:
+        raise Error(
+            f"Block format 'compress' used by node '{self.node.name}' does not support reopening files", errno.ENOTSUP
+        )
 
 
 DRIVER = Compress
