@@ -6,6 +6,7 @@ Offsets and values come from the qcow2 specification (docs/interop/qcow2 in QEMU
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -225,7 +226,65 @@ CUT: dict[str, Patch] = {
     )
 }
 
-GROUPS = {"header": HEADER, "l1": L1, "l2": L2, "refcount": REFCOUNT, "cut": CUT}
+
+def packed(data: bytes, sectors: int, offset: int = 5 * CLUSTER + 100, zstd: bool = False) -> Patch:
+    """The second cluster is compressed: `data` at `offset`, and the entry says that it reaches over so many more
+    sectors."""
+
+    def patch(image: bytearray) -> None:
+        if zstd:
+            both(put(72, "Q", 8), put(104, "B", 1))(image)
+        image[offset : offset + len(data)] = data
+        at_table("l2", 1, 1 << 62 | sectors << 54 | offset)(image)
+
+    return patch
+
+
+def deflated(size: int) -> bytes:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -12)
+    return packer.compress(bytes(size)) + packer.flush()
+
+
+def zstd_frame(size: int, said: int) -> bytes:
+    """A frame (RFC 8878) of `size` bytes in run-length blocks, at most 128 KiB each, that says that it has `said`."""
+    blocks = [min(size - at, 1 << 17) for at in range(0, size, 1 << 17)]
+    body = b"".join(
+        struct.pack("<I", length << 3 | 1 << 1 | (number == len(blocks) - 1))[:3] + b"z"
+        for number, length in enumerate(blocks)
+    )
+    return struct.pack("<IBBQ", 0xFD2FB528, 0xC0, 0x58, said) + body
+
+
+COMPRESSED: dict[str, Patch] = {
+    f"compressed-{name}": patch
+    for name, patch in {
+        "whole": packed(deflated(CLUSTER), 1),
+        "long": packed(deflated(CLUSTER + 1), 1),
+        "bomb": packed(deflated(16 << 20), 40),
+        "short": packed(deflated(CLUSTER - 1), 1),
+        "empty": packed(deflated(0), 1),
+        "cut": packed(deflated(CLUSTER)[:-20] + b"\xff" * 600, 0),
+        "stored": packed(b"\1\0\1\xff\xfe" + b"s" * 256 + b"\1" * 300, 1),
+        "zlib-header": packed(zlib.compress(bytes(CLUSTER)), 1),
+        "random": packed(bytes(range(7, 256)), 1),
+        "sectors-most": packed(deflated(CLUSTER), 255),
+        "end-of-file": packed(b"", 200, 6 * CLUSTER),
+        "over-the-end": packed(deflated(CLUSTER), 255, 7 * CLUSTER - 1000),
+        "into-refcounts": packed(b"", 0, 2 * CLUSTER),
+        "into-l2": packed(b"", 3, 4 * CLUSTER + 8),
+        "into-l1": packed(b"", 0, 3 * CLUSTER),
+        "zstd-whole": packed(zstd_frame(CLUSTER, CLUSTER), 1, zstd=True),
+        "zstd-two": packed(zstd_frame(CLUSTER // 2, CLUSTER // 2) * 2, 1, zstd=True),
+        "zstd-short": packed(zstd_frame(1000, 1000), 1, zstd=True),
+        "zstd-says-more": packed(zstd_frame(CLUSTER, CLUSTER + 1), 1, zstd=True),
+        "zstd-says-huge": packed(zstd_frame(CLUSTER, 1 << 62), 1, zstd=True),
+        "zstd-bomb": packed(zstd_frame(16 << 20, 16 << 20), 2, zstd=True),
+        "zstd-garbage": packed(b"\x28\xb5\x2f\xfd" + b"\xff" * 200, 1, zstd=True),
+        "zstd-is-zlib": packed(deflated(CLUSTER), 1, zstd=True),
+    }.items()
+}
+
+GROUPS = {"compressed": COMPRESSED, "header": HEADER, "l1": L1, "l2": L2, "refcount": REFCOUNT, "cut": CUT}
 
 
 def write(path: Path, source: bytes, patch: Patch) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pyqsd import Daemon
+from pyqsd.block.driver import MAY_UNMAP
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
 from pyqsd.drivers.formats.qcow2.amend_options import AmendOptions
@@ -100,6 +101,35 @@ def test_names(tmp_path: Path) -> None:
     amend_file(path, backing_file="")
     assert described(path)["backing-filename"] is None
     images.assert_clean(path)
+
+
+@pytest.mark.parametrize("raw", ["on", "off"])
+def test_data_file(raw: str, tmp_path: Path) -> None:
+    """The flag and the name change as qemu-img changes them, and the node goes by the flag at once."""
+    data = tmp_path / "data"
+    images.create(tmp_path / "ours", 4 * MiB, options=f"data_file={data},data_file_raw={raw}")
+    images.io(tmp_path / "ours", "write -P 1 0 300k", "write -z 64k 64k")
+    (tmp_path / "theirs").write_bytes((tmp_path / "ours").read_bytes())
+    moved = tmp_path / "moved"
+    moved.write_bytes(data.read_bytes())
+
+    async def main() -> None:
+        async with opened(tmp_path / "ours") as node:
+            await amend(node, data_file=str(moved), data_file_raw=False)
+            assert node.driver.format_specific().data.data_file_raw is False  # type: ignore[union-attr]
+            with pytest.raises(Error, match="data-file-raw cannot be set on existing images"):
+                await amend(node, data_file_raw=True)
+            # The file that is open goes on being used; it need not be the disk by itself any more.
+            await node.pwrite_zeroes(0, 65536, MAY_UNMAP)
+            await node.flush()
+            assert await node.pread(0, 65536) == bytes(65536)
+
+    run(main())
+    peers.run(
+        "qemu-img", "amend", "-q", "-f", "qcow2", "-o", f"data_file={moved},data_file_raw=off", tmp_path / "theirs"
+    )
+    assert described(tmp_path / "ours") == described(tmp_path / "theirs")
+    images.assert_clean(tmp_path / "ours")
 
 
 ERRORS: list[tuple[str, dict[str, Any], str]] = [

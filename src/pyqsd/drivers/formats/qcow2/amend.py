@@ -150,6 +150,7 @@ async def amend_image(image: Image, writer: Writer, unmapper: Unmapper, options:
     if options.data_file_raw is False and header.autoclear & headers.AUTOCLEAR_RAW_DATA:
         autoclear = header.autoclear & ~headers.AUTOCLEAR_RAW_DATA
         await image.set_features(header.incompatible, header.compatible, autoclear)
+        image.raw_data = False
     await _rename(image, options)
     if version < header.version:
         await downgrade.downgrade(image, writer, unmapper)

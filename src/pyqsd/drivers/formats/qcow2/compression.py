@@ -45,7 +45,8 @@ def clusters(entry: int, cluster_bits: int) -> tuple[int, int]:
 
 
 def unpack(kind: int, data: bytes | bytearray | memoryview, size: int) -> bytes:
-    """The first `size` bytes of what `data` decompresses to. Raises OSError if there are fewer."""
+    """The first `size` bytes of what `data` decompresses to. Raises OSError if there are fewer, or if a zstd frame has
+    more (zlib has no end that could be found behind more data)."""
     if kind == headers.COMPRESSION_ZLIB:
         try:
             plain = zlib.decompressobj(-15).decompress(data, size)
@@ -80,8 +81,9 @@ def _unpack_zstd(data: bytes | bytearray | memoryview, size: int) -> bytes:
             if not piece and not decoder.eof:
                 break
             plain += piece
-            if not decoder.eof:
-                break
+            if not decoder.eof and (decoder.decompress(b"", max_length=1) or not decoder.eof):
+                # It has more than a cluster, or less data than it needs.
+                return b""
             rest = decoder.unused_data
     except zstd.ZstdError:
         raise OSError(errno.EIO, "Compressed cluster is damaged") from None
