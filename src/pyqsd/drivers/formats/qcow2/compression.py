@@ -8,16 +8,18 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import threading
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from zlib_ng import zlib_ng
+
+from pyqsd.aio.engine import acquire, release
 from pyqsd.drivers.formats.qcow2 import header as headers
 
 if TYPE_CHECKING:
+    from pyqsd.aio.engine import Engine, Request
     from pyqsd.drivers.formats.qcow2.image import Image
 
 #: What is unpacked at once by the loop's own thread, at most, in bytes of content: about half a millisecond's work. The
@@ -49,8 +51,8 @@ def unpack(kind: int, data: bytes | bytearray | memoryview, size: int) -> bytes:
     more (zlib has no end that could be found behind more data)."""
     if kind == headers.COMPRESSION_ZLIB:
         try:
-            plain = zlib.decompressobj(-15).decompress(data, size)
-        except zlib.error:
+            plain = zlib_ng.decompressobj(-15).decompress(data, size)
+        except zlib_ng.error:  # type: ignore[misc]
             raise OSError(errno.EIO, "Compressed cluster is damaged") from None
     else:
         plain = _unpack_zstd(data, size)
@@ -96,14 +98,26 @@ def workers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "qcow2-pack")
 
 
-@cache
-def _helpers() -> threading.Semaphore:
-    """The cores beside that of the loop: as many of the workers may help it to unpack."""
-    return threading.Semaphore(max(1, len(os.sched_getaffinity(0)) - 1))
-
-
 def _unpack_all(kind: int, pieces: list[memoryview], size: int) -> list[bytes]:
     return [unpack(kind, data, size) for data in pieces]
+
+
+class _Share:
+    """Clusters that a worker unpacks. `done`: it is free again; the worker says so itself, before the loop knows."""
+
+    __slots__ = ("done", "kind", "pieces", "size")
+
+    def __init__(self, kind: int, pieces: list[memoryview], size: int) -> None:
+        self.kind = kind
+        self.pieces = pieces
+        self.size = size
+        self.done = False
+
+    def unpack(self) -> list[bytes]:
+        try:
+            return _unpack_all(self.kind, self.pieces, self.size)
+        finally:
+            self.done = True
 
 
 class Unpacked:
@@ -114,6 +128,12 @@ class Unpacked:
         self._kept: dict[int, bytes] = {}
         self._most = max(1, _KEEP_BYTES >> image.cluster_bits)
         self._reading: dict[int, asyncio.Future[None]] = {}
+        self._engine: Engine | None = None
+        self._shares: list[_Share] = []
+        #: The cores beside that of the loop.
+        self._helpers = max(1, len(os.sched_getaffinity(0)) - 1)
+        #: Something has been unpacked in this turn of the loop.
+        self._busy = False
         #: Counts how often compressed data may have gone or changed.
         self.generation = 0
 
@@ -173,39 +193,57 @@ class Unpacked:
             at = stop
         return pieces
 
+    def close(self) -> None:
+        """Let go of the worker threads."""
+        if self._engine is not None:
+            release(self._engine)
+            self._engine = None
+
+    def _next_turn(self) -> None:
+        self._busy = False
+
+    def _free_helpers(self, most: int) -> int:
+        """How many workers may unpack something now, at most `most`."""
+        self._shares = [share for share in self._shares if not share.done]
+        return max(0, min(most, self._helpers - len(self._shares)))
+
     async def _unpack(self, pieces: list[memoryview]) -> list[bytes]:
         """Unpack `pieces`: helpers that are free take a share each, and the loop's own thread does the rest, if that is
         not too much for it."""
         kind, size = self._image.header.compression_type, self._image.cluster_size
-        shares = 1
-        if len(pieces) * size >= _SHARE_LEAST[kind]:
-            while shares <= len(pieces) and _helpers().acquire(blocking=False):
-                shares += 1
-        if shares == 1 and len(pieces) * size <= _OWN_MOST[kind]:
+        count = len(pieces)
+        own_most = _OWN_MOST[kind]
+        helpers = 0
+        if count > 1:
+            if count * size >= _SHARE_LEAST[kind]:
+                helpers = self._free_helpers(count - 1)
+        elif self._busy and size >= _SHARE_LEAST[kind]:
+            # A cluster alone is not shared. A second one in the same turn goes to a helper; the loop does the third.
+            helpers = self._free_helpers(1)
+        if not helpers and count * size <= own_most:
+            if not self._busy:
+                self._busy = True
+                asyncio.get_running_loop().call_soon(self._next_turn)
             return _unpack_all(kind, pieces, size)
-        # A single cluster is not shared: whoever is free does it.
-        mine = len(pieces) // shares
+        mine = count // (helpers + 1)
+        if mine * size > own_most:
+            # Too much for the loop, also if nobody is free.
+            mine = 0
         own, rest = pieces[:mine], pieces[mine:]
-        step = max(1, -(-len(rest) // max(1, shares - 1)))
-        jobs = [self._hand_out(kind, rest[at : at + step], True) for at in range(0, len(rest), step)]
-        for _ in range(shares - 1 - len(jobs)):
-            _helpers().release()
-        if mine * size > _OWN_MOST[kind]:
-            jobs.insert(0, self._hand_out(kind, own, False))
-            own = []
-        others = asyncio.gather(*jobs)
-        try:
-            plain = _unpack_all(kind, own, size)
-        except BaseException:
-            others.cancel()
-            raise
-        for part in await others:
-            plain += part
+        step = -(-len(rest) // max(1, helpers))
+        shares = [_Share(kind, rest[at : at + step], size) for at in range(0, len(rest), step)]
+        jobs = [self._hand_out(share) for share in shares]
+        plain = _unpack_all(kind, own, size)
+        for share, job in zip(shares, jobs, strict=True):
+            try:
+                plain += await job
+            finally:
+                # One that was cancelled before it began has not said so.
+                share.done = True
         return plain
 
-    def _hand_out(self, kind: int, pieces: list[memoryview], helper: bool) -> asyncio.Future[list[bytes]]:
-        """Let a worker unpack `pieces`. A `helper` is free again when it is done, before the loop knows."""
-        work = workers().submit(_unpack_all, kind, pieces, self._image.cluster_size)
-        if helper:
-            work.add_done_callback(lambda _: _helpers().release())
-        return asyncio.wrap_future(work)
+    def _hand_out(self, share: _Share) -> Request:
+        if self._engine is None:
+            self._engine = acquire("threads")
+        self._shares.append(share)
+        return self._engine.call(share.unpack)

@@ -240,6 +240,7 @@ class Qcow2(Operations):
         finally:
             await self.image.tasks_done()
             await self.image.marked()
+            self._unpacked.close()
             self._forget_key()
 
     async def inactivate(self) -> None:
@@ -254,6 +255,7 @@ class Qcow2(Operations):
 
     async def activate(self) -> None:
         old = self.image
+        self._unpacked.close()
         try:
             await self._load(old.file)
         except Error as exc:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import zlib
 from typing import TYPE_CHECKING
+
+from zlib_ng import zlib_ng
 
 from pyqsd.block import iov as iovs
 from pyqsd.drivers.formats.qcow2 import header as headers
@@ -35,7 +36,7 @@ _ZSTD_LEVEL = 3
 def pack(kind: int, data: bytes) -> bytes | None:
     """A cluster compressed, or None if that is not smaller."""
     if kind == headers.COMPRESSION_ZLIB:
-        packer = zlib.compressobj(zlib.Z_DEFAULT_COMPRESSION, zlib.DEFLATED, _WINDOW_BITS, 9)
+        packer = zlib_ng.compressobj(zlib_ng.Z_DEFAULT_COMPRESSION, zlib_ng.DEFLATED, _WINDOW_BITS, 9)
         packed = packer.compress(data) + packer.flush()
     else:
         packed = _pack_zstd(data)
