@@ -187,10 +187,11 @@ class Image:
         guest = ((found.key << self.l2.slice_bits) + index) << self.cluster_bits
         host = entry & OFFSET_MASK
         if host != guest and self.has_place(entry) and not host & self.cluster_mask:
-            raise self.bad_entry(
-                found,
-                index,
-                f"External data file host cluster offset {host:#x} does not match guest cluster offset: {guest:#x}",
+            number = (found.key & ((1 << self.l2.key_bits) - 1)) * self.l2.slice_entries + index
+            # QSD's words, with the parenthesis that it does not open.
+            raise self.corrupt(
+                f"External data file host cluster offset {headers.hexed(host)} does not match guest cluster offset: "
+                f"{headers.hexed(guest)}, L2 index: {headers.hexed(number)})"
             )
 
     def check_usable(self) -> None:
