@@ -71,6 +71,7 @@ MAKERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "blkdebug": _blkdebug,
     "compress": lambda path: {"driver": "compress", "file": _qcow2(path)},
     "copy-on-read": _copy_on_read,
+    "preallocate": lambda path: {"driver": "preallocate", "file": _raw_file(path), "prealloc-size": 8192},
     "qcow2": _qcow2,
     "null-co": lambda path: {"driver": "null-co", "size": SIZE, "read-zeroes": True},
     "null-aio": lambda path: {"driver": "null-aio", "size": SIZE, "read-zeroes": True},

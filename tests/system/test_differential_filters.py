@@ -359,6 +359,182 @@ SESSIONS = [
 ]
 
 
+# --- preallocate -----------------------------------------------------------------------------------------------------
+
+
+def size_of(filename: str) -> Do:
+    return Do(f"size of {filename}", lambda context: (context.workdir / filename).stat().st_size)
+
+
+def blocks_of(filename: str) -> Do:
+    """The space that it takes, in MiB, which hides how the file system rounds it."""
+    return Do(f"space of {filename}", lambda context: (context.workdir / filename).stat().st_blocks >> 11)
+
+
+def lengths(context: Context) -> Any:
+    reply = context.daemon.qmp.execute("query-named-block-nodes", flat=True)
+    return {node["node-name"]: node["image"]["virtual-size"] for node in reply}
+
+
+LENGTHS = Do("lengths", lengths)
+SIZE = size_of("grows.qcow2")
+
+
+def make_growing(context: Context) -> None:
+    peers.run("qemu-img", "create", "-q", "-f", "qcow2", "grows.qcow2", "64M", cwd=context.workdir)
+
+
+def growing(**more: Any) -> list[Any]:
+    return [
+        Do("make", make_growing),
+        NBD_START,
+        add(driver="file", node_name="f", filename="grows.qcow2"),
+        add(node_name="p", driver="preallocate", file="f", **more),
+        add(driver="qcow2", node_name="q", file="p", discard="unmap"),
+    ]
+
+
+def looked_at(*steps: Any) -> list[Any]:
+    """The size of the file, and what the nodes say, after each step."""
+    return [more for step in steps for more in (step, SIZE, LENGTHS, GRAPH)]
+
+
+def fill(*wanted: Request) -> Do:
+    return requests(f"fill {wanted[0][:2]}", "q", *wanted)
+
+
+def prealloc_reopen(**options: Any) -> dict[str, Any]:
+    return reopen(driver="preallocate", node_name="p", file="f", **options)
+
+
+BAD_PREALLOC: tuple[dict[str, Any], ...] = (
+    *({"prealloc_align": value} for value in (-1, 1, 513, (1 << 63) - 1, 1 << 63, "1M")),
+    *({"prealloc_size": value} for value in (-1, 1 << 63, "1M")),
+    {"prealloc_align": 513, "prealloc_size": -1},
+    {"file": "nosuch", "prealloc_align": 513},
+)
+
+SESSIONS += [
+    Session(
+        "preallocate-grow",
+        [
+            *growing(prealloc_size=4 * K * K),
+            *looked_at(
+                export("q"),
+                fill(("pwrite", 0, data(1, 64 * K))),
+                fill(("flush",)),
+                fill(("pwrite", 3 * K * K, data(2, 64 * K))),
+                fill(("pwrite", 10 * K * K, data(3, 5 * K * K))),
+            ),
+            blocks_of("grows.qcow2"),
+            *looked_at(
+                fill(("zero", 20 * K * K, 5 * K * K), ("zero", 20 * K * K, 5 * K * K, NO_HOLE), ("flush",)),
+                fill(("pwrite", 16 * K * K, data(4, 64 * K), FUA), ("pread", 9 * K * K, 8 * K * K)),
+                unexport("q"),
+                cmd("block_resize", node_name="q", size=100 * K * K),
+                cmd("block_resize", node_name="q", size=10 * K * K),
+                delete("q"),
+                delete("p"),
+            ),
+        ],
+    ),
+    Session(
+        "preallocate-inline",
+        [
+            Do("make", make_growing),
+            NBD_START,
+            add(
+                driver="qcow2",
+                node_name="q",
+                file={"driver": "preallocate", "node-name": "p", "file": {**FILE, "filename": "grows.qcow2"}},
+            ),
+            NODES,
+            export("q"),
+            fill(("pwrite", 0, data(1, 64 * K))),
+            SIZE,
+            blocks_of("grows.qcow2"),
+            unexport("q"),
+            delete("q"),
+            SIZE,
+        ],
+    ),
+    Session(
+        "preallocate-reopen",
+        [
+            *growing(prealloc_size=2 * K * K),
+            export("q"),
+            *looked_at(
+                fill(("pwrite", 0, data(1, 64 * K))),
+                prealloc_reopen(prealloc_size=1 * K * K, prealloc_align=512),
+                prealloc_reopen(prealloc_size=1 * K * K, prealloc_align=513),
+                prealloc_reopen(prealloc_size=-1, prealloc_align=512),
+                prealloc_reopen(prealloc_size=1 * K * K),
+                prealloc_reopen(),
+                fill(("pwrite", 4 * K * K, data(2, 5 * K * K))),
+                unexport("q"),
+                reopen(driver="qcow2", node_name="q", file="p", read_only=True),
+                prealloc_reopen(prealloc_size=8 * K * K, prealloc_align=512, read_only=True),
+                prealloc_reopen(prealloc_size=8 * K * K, prealloc_align=512),
+                reopen(driver="qcow2", node_name="q", file="p", discard="unmap"),
+                export("q"),
+                fill(("pwrite", 14 * K * K, data(2, 5 * K * K))),
+            ),
+        ],
+    ),
+    *(
+        Session(
+            f"preallocate-size-{size}-{align}",
+            [
+                *growing(prealloc_size=size, prealloc_align=align),
+                export("q"),
+                fill(("pwrite", 0, data(1, 64 * K))),
+                SIZE,
+                fill(("pwrite", 1 * K * K, data(1, 64 * K))),
+                SIZE,
+                unexport("q"),
+                delete("q"),
+                SIZE,
+            ],
+        )
+        for size, align in (
+            (0, 1 << 20),
+            (1, 512),
+            (513, 3 * 512),
+            (1 << 62, 512),
+            ((1 << 63) - 1, 1 << 20),
+        )
+    ),
+    Session(
+        "preallocate-plain",
+        [
+            NBD_START,
+            add(driver="file", node_name="f", filename="raw.img"),
+            *(add(**{"node_name": "p", "driver": "preallocate", "file": "f", **o}) for o in BAD_PREALLOC),
+            add(driver="preallocate", node_name="p", file="f"),
+            NODES,
+            GRAPH,
+            export("p"),
+            GRAPH,
+            requests("at the end", "p", ("pwrite", K * K - 4096, data(1, 4096)), ("zero", K * K - 512, 512)),
+            size_of("raw.img"),
+            unexport("p"),
+            cmd("block_resize", node_name="p", size=4 * K * K),
+            size_of("raw.img"),
+            add(driver="raw", node_name="r", file="p"),
+            GRAPH,
+            cmd("block_resize", node_name="r", size=3 * K * K),
+            size_of("raw.img"),
+            LENGTHS,
+            export("r"),
+            GRAPH,
+            requests("at the end of raw", "r", ("pwrite", 3 * K * K - 4096, data(1, 4096)), ("flush",)),
+            size_of("raw.img"),
+        ],
+        images=("raw.img",),
+    ),
+]
+
+
 # --- copy-on-read ----------------------------------------------------------------------------------------------------
 
 

@@ -245,6 +245,11 @@ class Driver:
         `zero_new`: what is added must read as zeroes. Raises Error."""
         raise Error("Image format driver does not support resize", errno.ENOTSUP)
 
+    @property
+    def grows_ahead(self) -> bool:
+        """Whether it makes the storage larger in good time itself, so that its parents need not do that."""
+        return False
+
     def allocated_size(self) -> int | None:
         """Bytes that the image occupies on the host, or None."""
         return self.file.node.driver.allocated_size() if self.file is not None else None
@@ -386,6 +391,10 @@ class Filter(Driver):
 
     async def truncate(self, length: int, exact: bool, preallocation: str, zero_new: bool) -> None:
         await self.target.truncate(length, exact=exact, preallocation=preallocation, zero_new=zero_new)
+
+    @property
+    def grows_ahead(self) -> bool:
+        return self.target.driver.grows_ahead
 
     def allocation_unit(self) -> int:
         return self.target.driver.allocation_unit()

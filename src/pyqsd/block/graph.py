@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import logging
 import random
 import re
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyqsd.block import graph_perms, registry
 from pyqsd.block import permissions as perms
@@ -51,6 +52,8 @@ class Graph:
         self.nodes: dict[str, Node] = {}
         self.backends: list[BlockBackend] = []
         self._drains: list[_Drain] = []
+        #: What nodes still have to do because their parents gave up permissions.
+        self._after_perms: set[asyncio.Task[None]] = set()
         self._names_made = 0
         self._depth = 0
 
@@ -253,6 +256,7 @@ class Graph:
             self.unlink(child)
             graph_perms.refresh([child.node])
             await self.unref(child.node)
+            await self.settled()
 
     @staticmethod
     async def _quietly(node: Node, action: Awaitable[None]) -> None:
@@ -277,6 +281,20 @@ class Graph:
         from pyqsd.block.reopen import reopen
 
         await reopen(self, entries)
+
+    # --- after a change of permissions -------------------------------------------------------------------------------
+
+    def after_perms(self, action: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Run `action`, which raises nothing, soon: a change of permissions, which must not wait, leads to it."""
+        task = asyncio.get_running_loop().create_task(action)
+        self._after_perms.add(task)
+        task.add_done_callback(self._after_perms.discard)
+        return task
+
+    async def settled(self) -> None:
+        """Wait for everything that changes of permissions have led to so far."""
+        if self._after_perms:
+            await asyncio.wait(self._after_perms)
 
     # --- draining ----------------------------------------------------------------------------------------------------
 

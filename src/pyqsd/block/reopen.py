@@ -124,6 +124,7 @@ async def _reopen_nodes(graph: Graph, wanted: list[tuple[Node, BlockdevOptions]]
             await item.node.driver.reopen_complete()
         for child in change.removed:
             await graph.unref(child.node)
+    await graph.settled()
 
 
 def _concerned(nodes: set[Node]) -> list[Node]:

@@ -233,7 +233,7 @@ class Image:
     async def reserve(self, end: int) -> None:
         """Make the image file reach to `end` and some way beyond, with a hole: writes inside of a file are faster than
         those that extend it. Where that does not work, nothing happens."""
-        if not self._can_reserve:
+        if not self._can_reserve or self.file.driver.grows_ahead:
             return
         async with self._reserving:
             if end <= self.file.length:
