@@ -69,6 +69,14 @@ def test_numbers_as_echoed() -> None:
     assert to_json([1.0, 2.5, 0.1, 1e300], echo=True) == "[1, 2.5, 0.10000000000000001, 1.0000000000000001e+300]"
 
 
+def test_bytes_that_are_no_text() -> None:
+    """Names of files may have any bytes; what comes out of JSON is text nevertheless."""
+    assert to_json("a\udcff\udc80b") == r'"a\uFFFD\uFFFDb"'
+    # A character beyond the basic plane is a pair of surrogates, and stays one.
+    assert to_json("\U0001f600\U0010fcff") == r'"\uD83D\uDE00\uDBFF\uDCFF"'
+    assert to_json(r"\udcff") == r'"\\udcff"'
+
+
 def test_depth() -> None:
     value: Any = 1
     for _ in range(5000):

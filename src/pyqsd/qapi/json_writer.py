@@ -14,7 +14,7 @@ import msgspec
 
 from pyqsd.qapi.types import Null
 
-_ESCAPE = re.compile(r"\\(?:u[0-9a-f]{4}|.)")
+_ESCAPE = re.compile(r"\\(?:u(?:d[89ab][0-9a-f]{2}\\ud[c-f][0-9a-f]{2}|[0-9a-f]{4})|.)")
 # Nothing here refers to itself, and all keys are strings: the checks of `json.dumps` are left out.
 _dumps = json.JSONEncoder(check_circular=False).encode
 
@@ -48,8 +48,18 @@ def string(text: str) -> str:
 
 def _capital(text: str) -> str:
     if "\\u" in text:
-        text = _ESCAPE.sub(lambda match: "\\u" + match[0][2:].upper() if match[0][1] == "u" else match[0], text)
+        text = _ESCAPE.sub(lambda match: _escaped(match[0]), text)
     return text.replace("\x7f", "\\u007F")
+
+
+def _escaped(text: str) -> str:
+    if text[1] != "u":
+        return text
+    if len(text) == 12:
+        # A pair of surrogates.
+        return "\\u" + text[2:6].upper() + "\\u" + text[8:].upper()
+    # A byte that is no text, as names of files and those in images may have them.
+    return "\\uFFFD" if text.startswith("\\ud") and text[3] in "89abcdef" else "\\u" + text[2:].upper()
 
 
 def _scalar(value: Any) -> str:
