@@ -233,3 +233,19 @@ def test_descriptor_limits() -> None:
     with pytest.raises(OSError) as info:
         descriptor(1 << 49, 100, 21)
     assert info.value.errno == errno.EFBIG
+
+
+def test_event(tmp_path: Path) -> None:
+    """A compressed write is announced to ``blkdebug``."""
+    path = tmp_path / "disk"
+    path.write_bytes(empty_image(MiB))
+
+    async def main() -> None:
+        async with opened(path) as node:
+            seen: list[str] = []
+            assert node.driver.file is not None
+            node.driver.file.node.debug_event = seen.append
+            await node.pwrite(0, b"x" * 65536, WRITE_COMPRESSED)
+            assert seen.count("write_compressed") == seen.count("l2_update_compressed") == 1
+
+    run(main())

@@ -205,6 +205,7 @@ class Packer:
             whole = (end + image.cluster_mask) & ~image.cluster_mask
             if whole > image.file.length:
                 await image.reserve(whole)
+            image.event("write_compressed")
             iov = [memoryview(piece) for piece in packed[at:stop]]
             if not image.file.write_now(host, end - host, iov):
                 await image.file.pwritev(host, end - host, iov)
@@ -212,6 +213,7 @@ class Packer:
 
     def _link(self, found: Slice, cluster: int, host: int, size: int) -> None:
         image = self.image
+        image.event("l2_update_compressed")
         index = self._index(cluster)
         found.entries[index] = descriptor(host, size, image.cluster_bits)
         if image.l2.words == 2:
