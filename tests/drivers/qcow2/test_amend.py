@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pyqsd import Daemon
+from pyqsd.block.dirty_bitmap import DirtyBitmap
 from pyqsd.block.driver import MAY_UNMAP
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
@@ -254,6 +255,20 @@ def test_downgrade_of_an_encrypted_image(tmp_path: Path) -> None:
     peers.run("qemu-img", "snapshot", *secret, "--image-opts", "-a", "one", opts)
     done = peers.run("qemu-io", *secret, "--image-opts", "-c", "read -P 0 8k 16k", "-c", "read -P 9 400k 8k", opts)
     assert "verification failed" not in done.stdout
+
+
+def test_downgrade_with_a_new_persistent_bitmap(tmp_path: Path) -> None:
+    """It is in memory only, and version 2 has no place for it."""
+    path = images.create(tmp_path / "disk", MiB)
+
+    async def main() -> None:
+        async with opened(path) as node:
+            node.dirty_bitmaps["new"] = DirtyBitmap("new", node.length, 65536, persistent=True)
+            with pytest.raises(Error, match="Cannot downgrade an image with persistent bitmaps"):
+                await amend(node, version="v2")
+
+    run(main())
+    assert [one["name"] for one in described(path)["specific"]["bitmaps"]] == ["new"]
 
 
 AMENDMENTS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -514,3 +514,25 @@ def test_as_part_of_a_group(tmp_path: Path) -> None:
     images.assert_clean(path)
     for name, byte in (("kept", b"\1"), ("a", b"x"), ("b", b"x")):
         assert content_at(path, name, tmp_path / "raw")[:4096] == byte * 4096
+
+
+def test_deletions_at_once(tmp_path: Path) -> None:
+    """Of the same snapshot, and with a new table in between: what is shared loses one reference, not two."""
+    path = images.create(tmp_path / "disk", MiB)
+    images.io(path, "write -P 1 0 1M")
+
+    async def main() -> list[str]:
+        async with opened(path) as node:
+            for name in ("one", "two"):
+                await take(node, name)
+            gone = [one for one in listed(node) if one.name == "one"] * 2
+            other = [one for one in listed(node) if one.name == "two"]
+            results = await asyncio.gather(
+                *(node.driver.snapshot_delete(one.id, one.name) for one in gone + other), return_exceptions=True
+            )
+            await node.pwrite(0, b"\2" * MiB)
+            return [str(result) for result in results if result is not None]
+
+    assert run(main()) == ["Can't find the snapshot"]
+    images.assert_clean(path)
+    assert images.read_all(path, "qcow2", tmp_path / "raw") == b"\2" * MiB

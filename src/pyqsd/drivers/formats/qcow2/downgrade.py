@@ -34,7 +34,9 @@ def check(image: Image, refcount_bits: int) -> None:
         raise Error("Cannot downgrade an image with a data file", errno.ENOTSUP)
     if any(one.disk_size not in (None, header.size) or one.vm_state_size >> 32 for one in image.snapshots):
         raise Error("Internal snapshots prevent downgrade of image", errno.ENOTSUP)
-    if header.bitmaps is not None and header.bitmaps.count:
+    stored = header.bitmaps is not None and header.bitmaps.count
+    # Those that were added since are stored in the end.
+    if stored or any(one.persistent for one in image.node.dirty_bitmaps.values()):
         raise Error("Cannot downgrade an image with persistent bitmaps", errno.ENOTSUP)
     # The refcounts are made right, and another compression type is only named.
     rest = header.incompatible & ~(headers.INCOMPAT_DIRTY | headers.INCOMPAT_COMPRESSION)

@@ -197,6 +197,8 @@ class Operations(Driver):
                 secret = self.options.encrypt.key_secret
                 await amend.amend_key_slots(image, self._encryption, options.encrypt, secret, force)
             async with node.graph.drained(node), image.operation_lock:
+                # Snapshots and bitmaps may have come while it waited.
+                amend.check(image, options, self.options)
                 await self._complete()
                 try:
                     await image.uncancelled(amend.amend_image(image, self._writer, self._unmapper, options))
@@ -229,20 +231,29 @@ class Operations(Driver):
     async def snapshot_delete(self, ident: str | None, name: str | None) -> None:
         from pyqsd.drivers.formats.qcow2 import snapshot_ops
 
-        one = snapshot_ops.find(self.image, ident, name)
-        if one is None:
+        async def delete() -> None:
+            # Not before it is our turn: others make new tables, and may have deleted it.
+            one = snapshot_ops.find(self.image, ident, name)
+            if one is None:
+                raise Error("Can't find the snapshot", errno.ENOENT)
+            await snapshot_ops.delete(self.image, one)
+
+        if snapshot_ops.find(self.image, ident, name) is None:
             raise Error("Can't find the snapshot", errno.ENOENT)
         if self.node.read_only or not self.node.active:
             raise Error("Failed to remove snapshot from snapshot list: Operation not permitted", errno.EPERM)
-        await self._snapshot_operation(lambda: snapshot_ops.delete(self.image, one))
+        await self._snapshot_operation(delete)
 
     async def snapshot_goto(self, ident: str | None, name: str | None) -> None:
         from pyqsd.drivers.formats.qcow2 import snapshot_ops
 
-        one = snapshot_ops.find(self.image, ident, name)
-        if one is None:
-            raise OSError(errno.ENOENT, "No such file or directory")
-        await self._snapshot_operation(lambda: snapshot_ops.goto(self.image, one))
+        async def goto() -> None:
+            one = snapshot_ops.find(self.image, ident, name)
+            if one is None:
+                raise OSError(errno.ENOENT, "No such file or directory")
+            await snapshot_ops.goto(self.image, one)
+
+        await self._snapshot_operation(goto)
         self._use_size()
 
     async def _snapshot_operation(self, operation: Callable[[], Coroutine[Any, Any, None]]) -> None:
