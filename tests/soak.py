@@ -1,8 +1,9 @@
 """`python -m tests.soak`: the random tests for longer, with seeds that no test run has.
 
 Bounded in time (`--minutes`) and in rounds (`--rounds`). Each round is one random workload, one storm of concurrent
-requests, one of changes of the graph under load, one kill -9, and fuzz on both protocols. The first failure ends it,
-prints what it was and how to do that round again (`--seed`), and leaves the files where they are.
+requests, one of changes of the graph under load, one of all features of qcow2 at once, one kill -9, and fuzz on both
+protocols. The first failure ends it, prints what it was and how to do that round again (`--seed`), and leaves the files
+where they are.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from tests.drivers.qcow2 import mangled, test_check, test_check_repair
 from tests.support import images
 from tests.support.daemon import DaemonProcess
 from tests.support.nbd import is_alive
-from tests.system import fuzz, test_concurrency, test_crash, test_graph_changes, test_random_workload
+from tests.system import (
+    fuzz,
+    test_concurrency,
+    test_crash,
+    test_feature_storm,
+    test_graph_changes,
+    test_random_workload,
+)
 
 
 def workload(root: Path, seed: int) -> str:
@@ -47,6 +55,11 @@ def crash(root: Path, seed: int) -> str:
 def graph(root: Path, seed: int) -> str:
     commands = test_graph_changes.storm(root / "graph", seed, steps=400, kill=bool(seed % 2))
     return f"{commands} changes, then {'SIGKILL' if seed % 2 else 'the usual end'}"
+
+
+def features(root: Path, seed: int) -> str:
+    kind = random.Random(seed).choice(list(test_feature_storm.KINDS))
+    return f"{kind}: {test_feature_storm.storm(root / 'features', kind, seed, steps=200)} commands"
 
 
 def abuse(root: Path, seed: int) -> str:
@@ -92,7 +105,15 @@ def check(root: Path, seed: int) -> str:
     return kind
 
 
-PARTS = {"workload": workload, "storm": storm, "graph": graph, "crash": crash, "abuse": abuse, "check": check}
+PARTS = {
+    "workload": workload,
+    "storm": storm,
+    "graph": graph,
+    "features": features,
+    "crash": crash,
+    "abuse": abuse,
+    "check": check,
+}
 
 
 def main(argv: list[str]) -> int:
