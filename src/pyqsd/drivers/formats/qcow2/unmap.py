@@ -261,6 +261,10 @@ class Unmapper:
         request = InFlight(first, last, True)
         self.writer.in_flight.append(request)
         try:
+            if image.encrypted:
+                # What is given back is no zeroes for the guest, as long as an entry on disk says that it is data.
+                await image.write_back()
+                await image.file.flush()
             start = end = places[0]
             for host in [*places, -1]:
                 if host == end:
