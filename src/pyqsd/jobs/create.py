@@ -11,6 +11,9 @@ from pyqsd.jobs.job import Job, Jobs, JobType
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
 
+#: How long the command waits for a file to be there, seconds.
+_SOON = 0.2
+
 
 class CreateJob(Job):
     """Makes an image of the driver that `options` name. Progress is 0 of 1, then 1."""
@@ -36,6 +39,11 @@ class CreateJob(Job):
 @command("blockdev-create")
 async def blockdev_create(jobs: Jobs, graph: Graph, /, *, job_id: str, options: BlockdevCreateOptions) -> None:
     """Make an image, as a job."""
-    if registry.driver_class(str(options.__struct_config__.tag)).create_options() is None:
+    driver = registry.driver_class(str(options.__struct_config__.tag))
+    if driver.create_options() is None:
         raise Error("Driver does not support blockdev-create", errno.ENOTSUP)
-    CreateJob(jobs, job_id, graph, options).start()
+    job = CreateJob(jobs, job_id, graph, options)
+    job.start()
+    if driver.is_protocol:
+        # In QSD a file is there when the command returns (if it is not preallocated), and the next one may open it.
+        await job.wait(_SOON)

@@ -324,10 +324,10 @@ class Job:
         self._become(JobStatus.NULL)
         self.jobs.leave(self)
 
-    async def wait(self) -> None:
-        """Until the job has concluded."""
+    async def wait(self, seconds: float | None = None) -> None:
+        """Until the job has concluded, or for so long."""
         if self._task is not None:
-            await asyncio.wait([self._task])
+            await asyncio.wait([self._task], timeout=seconds)
 
     # --- what is asked of it -----------------------------------------------------------------------------------------
 

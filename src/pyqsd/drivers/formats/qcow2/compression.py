@@ -188,8 +188,7 @@ class Unpacked:
             while stop < len(places) and start < places[stop][0] <= end:
                 end = max(end, places[stop][0] + places[stop][1])
                 stop += 1
-            if self._image.event is not None:
-                self._image.event("read_compressed")
+            self._image.event("read_compressed")
             data = memoryview(await self._image.file.pread(start, end - start))
             pieces += [data[offset - start : offset - start + length] for offset, length in places[at:stop]]
             at = stop
