@@ -71,30 +71,30 @@ class Operations(Driver):
         from pyqsd.drivers.formats.qcow2.check import checking, repairing
 
         image = self.image
-        if self.options.x_snapshot is not None:
-            raise Error("A node that shows a snapshot cannot be checked", errno.ENOTSUP)
         image.check_usable()
         if self.options.x_snapshot is not None:
             raise Error("A node that shows an internal snapshot cannot be checked", errno.ENOTSUP)
-        await self._complete()
-        if repair == "none":
-            return await checking.check(image)
-        found: list[CheckResult] = []
+        async with image.operation_lock:
+            await self._complete()
+            if repair == "none":
+                return await checking.check(image)
+            found: list[CheckResult] = []
 
-        async def run() -> None:
-            found.append(await repairing.check_and_repair(image, repair == "all"))
+            async def run() -> None:
+                found.append(await repairing.check_and_repair(image, repair == "all"))
 
-        # Also a node that was opened read-only, because its image is corrupt, writes to the file then.
-        self._repairing = True
-        try:
-            graph_perms.refresh([self.node])
-            # What is half repaired is not left so, even if nobody waits any more.
-            await image.uncancelled(run())
-        finally:
-            await image.tasks_done()
-            self._repairing = False
-            graph_perms.refresh([self.node])
-        return found[0]
+            # Also a node that was opened read-only, because its image is corrupt, writes to the file then.
+            self._repairing = True
+            try:
+                graph_perms.refresh([self.node])
+                # What is half repaired is not left so, even if nobody waits any more.
+                await image.uncancelled(run())
+            finally:
+                await image.tasks_done()
+                self._forget()
+                self._repairing = False
+                graph_perms.refresh([self.node])
+            return found[0]
 
     def child_perms(self, child: Child, role: int, perm: int, shared: int) -> tuple[int, int]:
         need, share = super().child_perms(child, role, perm, shared)
