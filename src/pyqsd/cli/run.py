@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import operator
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from pyqsd.cli.background import Background
@@ -88,17 +88,20 @@ async def _run(words: Sequence[Word], background: Background | None) -> int:
         daemon.request_shutdown()
         start.cancel()
 
-    def caught(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(stop)
+    def caught() -> None:
+        if any(number in SIGNALS for number in _drained(awake)):
+            stop()
 
-    # Not loop.add_signal_handler(): that leaves a gap when the loop is closed, and a second signal is to have no effect
-    # at any time.
-    for number in SIGNALS:
-        signal.signal(number, caught)
-    # A signal that arrives just before the loop goes to sleep, or in another thread, wakes it through this pipe.
+    # A signal says so through this pipe, which wakes the loop also if it arrives just before that goes to sleep, or in
+    # another thread.
     awake, alarm = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    loop.add_reader(awake, _drain, awake)
+    loop.add_reader(awake, caught)
     signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
+    # Not loop.add_signal_handler(): that leaves a gap when the loop is closed, and a second signal is to have no effect
+    # at any time. The handler is one that is not written in Python, as that could be interrupted by the next signal,
+    # and so on until the stack is exhausted.
+    for number in SIGNALS:
+        signal.signal(number, operator.is_)
     pidfile = None
     try:
         status = 1
@@ -126,6 +129,8 @@ async def _run(words: Sequence[Word], background: Background | None) -> int:
         await daemon.shutdown()
         return status
     finally:
+        # None must arrive while they become ineffective: the interpreter would complain of it.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
@@ -136,11 +141,12 @@ async def _run(words: Sequence[Word], background: Background | None) -> int:
             pidfile.remove()
 
 
-def _drain(fd: int) -> None:
+def _drained(fd: int) -> bytes:
+    """The numbers of the signals that have arrived."""
     try:
-        os.read(fd, 512)
+        return os.read(fd, 512)
     except BlockingIOError:
-        pass
+        return b""
 
 
 async def _start(daemon: Daemon, words: Sequence[Word], background: Background | None) -> Pidfile | None:
