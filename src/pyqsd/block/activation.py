@@ -20,19 +20,7 @@ log = logging.getLogger(__name__)
 
 def _below(roots: list[Node]) -> list[Node]:
     """`roots` and all nodes below them, children before their parents."""
-    found: list[Node] = []
-    seen: set[Node] = set()
-
-    def visit(node: Node) -> None:
-        if node not in seen:
-            seen.add(node)
-            for child in node.children:
-                visit(child.node)
-            found.append(node)
-
-    for root in roots:
-        visit(root)
-    return found
+    return graph_perms.topological(roots)[::-1]
 
 
 def _has_active_parent(node: Node) -> bool:

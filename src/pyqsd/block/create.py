@@ -6,17 +6,17 @@ Drivers that can make images have the options for it (`Driver.create_options`) a
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Mapping
 from enum import StrEnum
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from pyqsd.block import registry
+from pyqsd.block.driver_union import DriverUnion
 from pyqsd.qapi.errors import Error
-from pyqsd.qapi.types import Struct
 
 if TYPE_CHECKING:
+    from pyqsd.block.driver import Driver
     from pyqsd.block.graph import Graph
+    from pyqsd.qapi.types import Struct
 
 
 class PreallocMode(StrEnum):
@@ -28,29 +28,12 @@ class PreallocMode(StrEnum):
     FULL = "full"
 
 
-class BlockdevCreateOptions(Struct, tag_field="driver", tag="pyqsd-base"):
+class BlockdevCreateOptions(DriverUnion, tag_field="driver", tag="pyqsd-base"):
     """How an image is made; the options of each driver are a branch."""
 
     @classmethod
-    def branches(cls) -> Mapping[str, type[Struct]]:
-        found = {name: registry.driver_class(name).create_options() for name in registry.driver_names()}
-        return {name: options for name, options in found.items() if options is not None}
-
-    @classmethod
-    def tags(cls) -> Iterable[str]:
-        return registry.driver_names()
-
-    @classmethod
-    def branch(cls, tag: str) -> type[Struct] | None:
-        if not registry.is_driver(tag):
-            return None
-        return registry.driver_class(tag).create_options() or _without_options(tag)
-
-
-@cache
-def _without_options(driver: str) -> type[Struct]:
-    """The branch of a driver that makes no images: it has no members."""
-    return type("NoCreateOptions", (BlockdevCreateOptions,), {}, tag=driver)
+    def options_of(cls, driver: type[Driver]) -> type[Struct] | None:
+        return driver.create_options()
 
 
 async def create_image(

@@ -56,7 +56,7 @@ def child_perms(parent: Node, child: Child, perm: int, shared: int) -> Perms:
     return need, perms.ALL if child.node.force_share else share
 
 
-def _topological(roots: Iterable[Node]) -> list[Node]:
+def topological(roots: Iterable[Node]) -> list[Node]:
     """All nodes reachable from `roots`, parents before children."""
     order: list[Node] = []
     seen: set[Node] = set()
@@ -118,7 +118,7 @@ def refresh(roots: Iterable[Node], given: dict[Child, Perms] | None = None) -> N
     """Recompute the permissions on all edges below `roots`, where the edges in `given` are to get the permissions named
     there. Either all of it happens, or nothing and Error is raised (a conflict, a read-only node, a file lock)."""
     new: dict[Child, Perms] = dict(given or {})
-    order = _topological(roots)
+    order = topological(roots)
     prepared: list[tuple[Node, int, int]] = []
     try:
         for node in order:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pyqsd.drivers.formats.qcow2.check.arrays import decode_counts, encode_counts
 from pyqsd.drivers.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK
 
 if TYPE_CHECKING:
@@ -111,21 +112,15 @@ def _unpack(image: Image, block: Block) -> _Array:
     order = image.refcounts.order
     if order >= 3:
         return np.frombuffer(block.counts.values, dtype=f"u{1 << (order - 3)}")
-    raw = np.frombuffer(block.counts.values, dtype=np.uint8)
-    width = 1 << order
-    shifts = np.arange(0, 8, width, dtype=np.uint8)
-    return ((raw[:, None] >> shifts) & np.uint8((1 << width) - 1)).reshape(-1)
+    return decode_counts(bytes(block.counts.values), order)
 
 
 def _pack(image: Image, block: Block, values: _Array) -> None:
     """Bring what `_unpack` copied back."""
-    order = image.refcounts.order
-    if order >= 3:
-        return
-    width = 1 << order
-    shifts = np.arange(0, 8, width, dtype=np.uint8)
-    packed = np.bitwise_or.reduce(values.reshape(-1, 8 // width) << shifts, axis=1).astype(np.uint8)
-    block.counts.values[:] = packed.tobytes()
+    if image.refcounts.order < 3:
+        packed = bytearray(encode_counts(values, image.refcounts.order))
+        assert isinstance(block.counts.values, bytearray)
+        block.counts.values[:] = packed
 
 
 async def change(image: Image, clusters: _Array, delta: int) -> None:

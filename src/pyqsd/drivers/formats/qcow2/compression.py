@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -90,12 +89,6 @@ def _unpack_zstd(data: bytes | bytearray | memoryview, size: int) -> bytes:
     except zstd.ZstdError:
         raise OSError(errno.EIO, "Compressed cluster is damaged") from None
     return plain
-
-
-@cache
-def workers() -> ThreadPoolExecutor:
-    """The threads that pack and unpack, as many as there are cores."""
-    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "qcow2-pack")
 
 
 def _unpack_all(kind: int, pieces: list[memoryview], size: int) -> list[bytes]:

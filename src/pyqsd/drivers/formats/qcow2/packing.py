@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import TYPE_CHECKING
 
 from zlib_ng import zlib_ng
 
 from pyqsd.block import iov as iovs
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2.compression import workers, zstd_module
+from pyqsd.drivers.formats.qcow2.compression import zstd_module
 from pyqsd.drivers.formats.qcow2.refcounts import MissingBlock
 from pyqsd.drivers.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK
 from pyqsd.drivers.formats.qcow2.write import InFlight
@@ -31,6 +34,12 @@ _PIECE = 4 << 20
 #: QEMU unpacks with a window of 4 KiB.
 _WINDOW_BITS = -12
 _ZSTD_LEVEL = 3
+
+
+@cache
+def _workers() -> ThreadPoolExecutor:
+    """The threads that pack, as many as there are cores."""
+    return ThreadPoolExecutor(len(os.sched_getaffinity(0)), "qcow2-pack")
 
 
 def pack(kind: int, data: bytes) -> bytes | None:
@@ -89,7 +98,7 @@ class Packer:
             n = min(size, length - at)
             # A copy: the buffers are the caller's again if it is cancelled.
             plain = b"".join(iovs.part(iov, at, n)).ljust(size, b"\0")
-            jobs.append(loop.run_in_executor(workers(), pack, kind, plain))
+            jobs.append(loop.run_in_executor(_workers(), pack, kind, plain))
         packed = await asyncio.gather(*jobs)
         first = offset >> image.cluster_bits
         at = 0
