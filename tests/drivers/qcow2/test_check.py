@@ -64,20 +64,6 @@ def ours(path: Path) -> dict[str, int] | None:
     return run(check())
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function that gives the bytes of an image of a kind."""
-    root = tmp_path_factory.mktemp("sound")
-
-    def get(kind: str) -> bytes:
-        path = root / f"{kind}.qcow2"
-        if not path.exists():
-            mangled.make(path, kind)
-        return path.read_bytes()
-
-    return get
-
-
 def compare(path: Path, what: str) -> bool:
     """Whether both can look at the image; if they do, they find the same."""
     mine, right = ours(path), theirs(path)

@@ -82,20 +82,6 @@ def content(path: Path) -> dict[int, bytes]:
     return run(read())
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """A function that gives the bytes of an image of a kind."""
-    root = tmp_path_factory.mktemp("sound")
-
-    def get(kind: str) -> bytes:
-        path = root / f"{kind}.qcow2"
-        if not path.exists():
-            mangled.make(path, kind)
-        return path.read_bytes()
-
-    return get
-
-
 def judged(path: Path, *args: str) -> dict[str, Any] | None:
     """What qemu-img says; None if it cannot check the image."""
     done = peers.run("qemu-img", "check", *args, "--output=json", "-f", "qcow2", path, ok=(0, 1, 2, 3))

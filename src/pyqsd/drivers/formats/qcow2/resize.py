@@ -16,6 +16,7 @@ from pyqsd.qapi.errors import Error, from_oserror
 
 if TYPE_CHECKING:
     from pyqsd.drivers.formats.qcow2.image import Image
+    from pyqsd.drivers.formats.qcow2.tables import Slice
     from pyqsd.drivers.formats.qcow2.unmap import Unmapper
     from pyqsd.drivers.formats.qcow2.write import Writer
 
@@ -194,22 +195,23 @@ async def _preallocate(image: Image, writer: Writer, old: int, length: int, mode
                 error = exc.prefixed("Failed to resize underlying file: ")
             raise error from exc
         found = await l2.load_for_write(at << bits >> l2.slice_shift)
-        zero, bitmap = _as_new(image)
-        for position in range(got):
-            found.entries[(index + position) * l2.words] = (first + position) << bits | COPIED | zero
-            if l2.words == 2:
-                found.entries[(index + position) * 2 + 1] = bitmap
-        l2.touched(found, index, index + got)
-        image.barrier = True
+        _refer(image, found, index, first, got)
         at += got
 
 
-def _as_new(image: Image) -> tuple[int, int]:
-    """The flag, and for subclusters the bitmap, in L2 entries of preallocated clusters. Zeroes in the file are
-    none once they are decrypted."""
-    if not image.encrypted:
-        return 0, ALL_ALLOCATED
-    return (0 if image.extended else ZERO), ALL_ZERO
+def _refer(image: Image, found: Slice, index: int, first: int, count: int) -> None:
+    """Make `count` L2 entries from `index` on refer to the new clusters `first` and those behind it. They read as
+    zeroes; those of the file are none once they are decrypted, so that the entries have to say it then."""
+    l2 = image.l2
+    flags, bitmap = COPIED, ALL_ALLOCATED
+    if image.encrypted:
+        flags, bitmap = (COPIED if image.extended else COPIED | ZERO), ALL_ZERO
+    for position in range(count):
+        found.entries[(index + position) * l2.words] = (first + position) << image.cluster_bits | flags
+        if l2.words == 2:
+            found.entries[(index + position) * 2 + 1] = bitmap
+    l2.touched(found, index, index + count)
+    image.barrier = True
 
 
 async def _grow_data_file(image: Image, old: int, length: int, exact: bool, mode: str) -> None:
@@ -232,13 +234,7 @@ async def _grow_data_file(image: Image, old: int, length: int, exact: bool, mode
             raise _prefixed("Could not preallocate new data", exc) from exc
         index = at & (l2.slice_entries - 1)
         count = min(stop - at, l2.slice_entries - index)
-        zero, bitmap = _as_new(image)
-        for position in range(count):
-            found.entries[(index + position) * l2.words] = (at + position) << bits | COPIED | zero
-            if l2.words == 2:
-                found.entries[(index + position) * 2 + 1] = bitmap
-        l2.touched(found, index, index + count)
-        image.barrier = True
+        _refer(image, found, index, at, count)
         at += count
 
 
