@@ -60,8 +60,8 @@ async def block_dirty_bitmap_add(
         raise Error(f"Bitmap already exists: {name}")
     if len(name.encode()) > MAX_NAME:
         raise Error(f"Bitmap name too long: {name}")
-    target.dirty_bitmaps[name] = DirtyBitmap(
-        name, target.length, granularity, persistent=bool(persistent), enabled=not disabled
+    target.dirty_bitmaps.add(
+        DirtyBitmap(name, target.length, granularity, persistent=bool(persistent), enabled=not disabled)
     )
 
 

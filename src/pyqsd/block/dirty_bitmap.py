@@ -42,7 +42,8 @@ class DirtyBitmap:
         enabled: writes are recorded.
 
     Further state: `busy` (an export or a job uses it; nobody else may), `readonly` (it cannot be changed because the
-    image cannot), `inconsistent` (the image holds a version that was never finished; it can only be removed).
+    image cannot), `inconsistent` (the image holds a version that was never finished; it can only be removed),
+    `successor` (it is frozen, and this one records in its place: see `pyqsd.block.node_bitmaps`).
     """
 
     __slots__ = (
@@ -61,6 +62,7 @@ class DirtyBitmap:
         "persistent",
         "readonly",
         "size",
+        "successor",
     )
 
     def __init__(
@@ -75,6 +77,7 @@ class DirtyBitmap:
         self.busy = False
         self.readonly = False
         self.inconsistent = False
+        self.successor: DirtyBitmap | None = None
         self._shift = granularity.bit_length() - 1
         self._lay_out(size)
 
@@ -104,6 +107,20 @@ class DirtyBitmap:
                 f"Bitmap '{self.name}' is inconsistent and cannot be used",
                 hint="Try block-dirty-bitmap-remove to delete this bitmap from disk",
             )
+
+    @property
+    def recording(self) -> bool:
+        """Whether writes are recorded, here or by the successor: what users know as enabled."""
+        return self.enabled or (self.successor is not None and self.successor.enabled)
+
+    def with_successor(self) -> DirtyBitmap:
+        """A bitmap that has all the bits of this one and of its successor; this one, if it has none."""
+        if self.successor is None:
+            return self
+        united = DirtyBitmap(self.name, self.size, self.granularity, persistent=self.persistent, enabled=self.recording)
+        united.merge(self)
+        united.merge(self.successor)
+        return united
 
     # --- changing -------------------------------------------------------------------------------------------------
 

@@ -29,11 +29,11 @@ from pyqsd.block.driver import (
     Limits,
 )
 from pyqsd.block.extents import ALLOCATED, DRIVER, OFFSET_VALID, RAW, ZERO, Extent
+from pyqsd.block.node_bitmaps import NodeBitmaps
 from pyqsd.block.options import BlockdevOptions, BlockdevRef
 from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
-    from pyqsd.block.dirty_bitmap import DirtyBitmap
     from pyqsd.block.graph import Graph
 
 _NOT_SUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP)
@@ -92,7 +92,7 @@ class Node:
         self.debug_event: Callable[[str], None] | None = None
         #: Requests go to the driver as they are: it is a protocol that takes any length.
         self._leaf = False
-        self.dirty_bitmaps: dict[str, DirtyBitmap] = {}
+        self.dirty_bitmaps = NodeBitmaps()
         #: Offset above which a write raises BLOCK_WRITE_THRESHOLD, 0: none.
         self.write_threshold = 0
         self.wr_highest_offset = 0

@@ -180,7 +180,7 @@ def bitmap_info(bitmap: DirtyBitmap) -> BlockDirtyInfo:
         name=bitmap.name or None,
         count=bitmap.count,
         granularity=bitmap.granularity,
-        recording=bitmap.enabled,
+        recording=bitmap.recording,
         busy=bitmap.busy,
         persistent=bitmap.persistent,
         inconsistent=bitmap.inconsistent or None,

@@ -253,11 +253,11 @@ async def store(image: Image, node: Node) -> list[DirtyBitmap]:
             if bitmap is None:
                 directory.append(one)
             else:
-                directory.append(await _write(image, one.name, bitmap, written))
+                directory.append(await _write(image, one.name, bitmap.with_successor(), written))
                 replaced.append(one)
         # The newest first, as QEMU has them.
         for bitmap in reversed(left.values()):
-            directory.append(await _write(image, bitmap.name, bitmap, written))
+            directory.append(await _write(image, bitmap.name, bitmap.with_successor(), written))
         try:
             gone = await _tables_of(image, replaced)
             await _switch(image, directory)

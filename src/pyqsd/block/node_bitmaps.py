@@ -1,0 +1,102 @@
+"""The dirty bitmaps of a node: those that users know by name, and those that jobs have for themselves.
+
+How a job uses them:
+
+* **A bitmap of its own** (mirror: what is still to be copied). It has no name, so that no command can touch it. As in
+  QSD, ``query-named-block-nodes`` shows it, and it records writes like any other unless it is disabled::
+
+      bitmap = node.dirty_bitmaps.add_anonymous(node.length, granularity)    # enabled=False: only the job marks it
+      …
+      node.dirty_bitmaps.discard(bitmap)
+
+* **A bitmap of the user** (backup: ``sync=bitmap``). It must stay as it is while the job reads it, and no write may be
+  missed meanwhile, whatever becomes of the job. So it gets a successor, an anonymous bitmap that records in its place;
+  until the end it is busy for all others::
+
+      bitmap.check()                                     # busy, read-only, inconsistent: Error
+      node.dirty_bitmaps.freeze(bitmap)
+      …
+      bitmap = node.dirty_bitmaps.abdicate(bitmap)       # it worked: from now on, only what was written since is dirty
+      bitmap = node.dirty_bitmaps.reclaim(bitmap)        # it did not: that, and all that was dirty before
+
+  Both return the bitmap that has the name from then on (a job that failed, but is to count what it did, abdicates
+  and merges what is left to do into what it gets). A persistent bitmap that is stored while it is frozen is stored with
+  all that its successor has.
+"""
+
+from __future__ import annotations
+
+from pyqsd.block.dirty_bitmap import DirtyBitmap
+from pyqsd.qapi.errors import Error
+
+
+class NodeBitmaps(dict[str | DirtyBitmap, DirtyBitmap]):
+    """The bitmaps of one node by name, anonymous ones by themselves, the oldest first."""
+
+    __slots__ = ()
+
+    def add(self, bitmap: DirtyBitmap) -> None:
+        """It is the node's from now on. Raises Error if there is another one of its name."""
+        if bitmap.name in self:
+            raise Error(f"Bitmap already exists: {bitmap.name}")
+        self[bitmap.name or bitmap] = bitmap
+
+    def add_anonymous(self, size: int, granularity: int, *, enabled: bool = True) -> DirtyBitmap:
+        """A new bitmap that no command can address; sizes in bytes."""
+        bitmap = DirtyBitmap("", size, granularity, enabled=enabled)
+        self[bitmap] = bitmap
+        return bitmap
+
+    def discard(self, bitmap: DirtyBitmap) -> None:
+        """Forget a bitmap, if it is the node's."""
+        key = bitmap.name or bitmap
+        if self.get(key) is bitmap:
+            del self[key]
+
+    def freeze(self, bitmap: DirtyBitmap) -> DirtyBitmap:
+        """Keep `bitmap` as it is, and busy, until `abdicate` or `reclaim`; its successor is returned, which records in
+        its place if it was enabled. Raises Error if somebody uses it already."""
+        if bitmap.busy:
+            raise Error("Cannot create a successor for a bitmap that is in-use by an operation")
+        successor = self.add_anonymous(bitmap.size, bitmap.granularity, enabled=bitmap.enabled)
+        bitmap.enabled = False
+        bitmap.busy = True
+        bitmap.successor = successor
+        return successor
+
+    def abdicate(self, bitmap: DirtyBitmap) -> DirtyBitmap:
+        """The successor of `bitmap` takes its name and its place; what `bitmap` had is no more the node's."""
+        successor = self._release(bitmap)
+        if self.get(bitmap.name) is not bitmap:
+            return self._gone(bitmap, successor)
+        successor.name = bitmap.name
+        successor.persistent = bitmap.persistent
+        successor.readonly = bitmap.readonly
+        bitmap.persistent = False
+        # It is as new as it is, so it keeps its position.
+        kept = [one for one in self.values() if one is not bitmap]
+        self.clear()
+        for one in kept:
+            self[one.name or one] = one
+        return successor
+
+    def reclaim(self, bitmap: DirtyBitmap) -> DirtyBitmap:
+        """`bitmap` takes over all that its successor has recorded, and goes on."""
+        successor = self._release(bitmap)
+        if self.get(bitmap.name) is not bitmap:
+            return self._gone(bitmap, successor)
+        bitmap.merge(successor)
+        bitmap.enabled = successor.enabled
+        self.discard(successor)
+        return bitmap
+
+    def _release(self, bitmap: DirtyBitmap) -> DirtyBitmap:
+        successor, bitmap.successor = bitmap.successor, None
+        assert successor is not None
+        bitmap.busy = False
+        return successor
+
+    def _gone(self, bitmap: DirtyBitmap, successor: DirtyBitmap) -> DirtyBitmap:
+        """The node was inactive meanwhile: what it has of that name now was stored with all that the two had."""
+        self.discard(successor)
+        return self.get(bitmap.name, bitmap)
