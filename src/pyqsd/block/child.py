@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 class Child:
     """The edge `parent` → `node`, with the permissions that the parent holds and shares on it."""
 
-    __slots__ = ("name", "node", "parent", "perm", "role", "shared")
+    __slots__ = ("frozen", "name", "node", "parent", "perm", "role", "shared")
 
     def __init__(self, parent: Node | BlockBackend, name: str, node: Node, role: int, perm: int, shared: int) -> None:
         self.parent = parent
@@ -21,3 +21,5 @@ class Child:
         self.role = role
         self.perm = perm
         self.shared = shared
+        #: A job relies on where it leads; see `pyqsd.block.freezing`.
+        self.frozen = False

@@ -106,6 +106,8 @@ class Driver:
     names_images: ClassVar[bool] = False
     #: Passes on the very content of one child.
     is_filter: ClassVar[bool] = False
+    #: It comes and goes with a job of its own, so that no other job may rely on edges that lead to it.
+    never_freeze: ClassVar[bool] = False
     #: Can have a backing file.
     supports_backing: ClassVar[bool] = False
     #: Has internal snapshots.

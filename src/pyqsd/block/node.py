@@ -793,9 +793,11 @@ class Node:
         """Work out again the permissions on and below this node. Raises Error and changes nothing on a conflict."""
         graph_perms.refresh([self])
 
+    def edge_below(self) -> Child | None:
+        """The edge to the next layer: to what a filter filters, or to the backing file."""
+        return self.driver.file if self.driver.is_filter else self.driver.backing
+
     def below(self) -> Node | None:
-        """The next layer: what a filter filters, or the backing file."""
-        driver = self.driver
-        if driver.is_filter:
-            return driver.file.node if driver.file is not None else None
-        return driver.backing.node if driver.backing is not None else None
+        """The next layer."""
+        edge = self.edge_below()
+        return edge.node if edge is not None else None

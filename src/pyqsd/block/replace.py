@@ -6,10 +6,11 @@ them; until `commit`, `undo` puts every list back as it was. Whoever uses it has
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Callable
 
-from pyqsd.block import graph_perms
+from pyqsd.block import freezing, graph_perms
 from pyqsd.block import permissions as perms
 from pyqsd.block.child import Child
 from pyqsd.block.graph import Graph, is_below
@@ -39,8 +40,9 @@ class Change:
                 self._undo.append(_restorer(node))
 
     def remove(self, child: Child) -> None:
-        """Take the edge of a node away."""
+        """Take the edge of a node away. Raises Error if it is frozen."""
         assert isinstance(child.parent, Node)
+        freezing.check_droppable(child)
         self._keep(child.parent, child.node)
         Graph.unlink(child)
         self.removed.append(child)
@@ -58,11 +60,14 @@ class Change:
         return child
 
     def move_parents(self, old: Node, new: Node) -> None:
-        """Everybody who uses `old` uses `new` instead, but for `new` itself and what it is made of."""
+        """Everybody who uses `old` uses `new` instead, but for `new` itself and what it is made of. Raises Error, and
+        then some may do so already: `undo`."""
         self._keep(old, new)
         for edge in list(old.parents):
             if edge.parent is new or (isinstance(edge.parent, Node) and is_below(edge.parent, new)):
                 continue
+            if edge.frozen:
+                raise Error(f"Cannot change '{edge.name}' link to '{edge.node.name}'", errno.EPERM)
             self._retarget(edge, new)
 
     def _retarget(self, edge: Child, new: Node) -> None:
