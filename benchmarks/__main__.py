@@ -13,9 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import jobs, workloads
 from benchmarks.report import TITLES, Results, number, table
 from benchmarks.servers import SERVERS, Server
-from benchmarks.workloads import WORKLOADS, Images, MiB, Run
+from benchmarks.workloads import Images, MiB, Run
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -55,11 +56,12 @@ def machine() -> dict[str, str]:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    workloads = [w for w in WORKLOADS if not args.workload or any(text in w.name for text in args.workload)]
+    every = workloads.WORKLOADS + jobs.WORKLOADS
+    chosen = [w for w in every if not args.workload or any(text in w.name for text in args.workload)]
     if args.list:
-        print("\n".join(f"{workload.name} ({workload.unit})" for workload in workloads))
+        print("\n".join(f"{workload.name} ({workload.unit})" for workload in chosen))
         return 0
-    if not workloads:
+    if not chosen:
         print("no workload has such a name; --list shows them", file=sys.stderr)
         return 1
     for program in ("fio", "qemu-img"):
@@ -78,7 +80,7 @@ def main(argv: list[str]) -> int:
     try:
         images = Images(root, args.size * MiB)
         for round_ in range(args.rounds):
-            for workload in workloads:
+            for workload in chosen:
                 line = []
                 # Whoever comes first finds another cache and clock than who comes last: take turns.
                 for name in servers[round_ % len(servers) :] + servers[: round_ % len(servers)]:
@@ -99,12 +101,12 @@ def main(argv: list[str]) -> int:
     finally:
         shutil.rmtree(root, ignore_errors=True)
     about = machine()
-    print(table(results, workloads, servers, args.markdown))
+    print(table(results, chosen, servers, args.markdown))
     software = ", ".join(about[key] for key in ("qsd", "nbdkit", "fio"))
     print(f"\n{about['cpus']} CPUs, Linux {about['kernel']}, Python {about['python']}, {software};")
     print(f"median of {args.rounds} rounds of {args.seconds:g} s, {args.size} MiB images, {about['date']}.")
     if args.json:
-        report = {"machine": about, "options": vars(args), "results": results.as_json(workloads)}
+        report = {"machine": about, "options": vars(args), "results": results.as_json(chosen)}
         Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
     for failure in results.failures:
         print(failure, file=sys.stderr)
