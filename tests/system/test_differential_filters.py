@@ -535,6 +535,8 @@ SESSIONS += [
 ]
 
 
+FILE_TOP = {"driver": "file", "filename": "top.qcow2"}
+
 # --- copy-on-read ----------------------------------------------------------------------------------------------------
 
 
@@ -641,6 +643,25 @@ SESSIONS += [
             cmd("block_resize", node_name="c", size=2 * K * K),
             NODES,
             delete("c"),
+        ],
+        images=("raw.img",),
+    ),
+    Session(
+        "copy-on-read-frozen",
+        [
+            Do("make", make_chain),
+            add(driver="raw", node_name="base", file={"driver": "file", "filename": "raw.img"}),
+            add(driver="qcow2", node_name="mid", file={"driver": "file", "filename": "mid.qcow2"}, backing="base"),
+            add(driver="qcow2", node_name="top", file=FILE_TOP, backing="mid"),
+            add(driver="copy-on-read", node_name="c", file="top", bottom="mid"),
+            add(driver="copy-on-read", node_name="d", file="top", bottom="mid"),
+            add(driver="copy-on-read", node_name="d", file="c", bottom="top"),
+            *(reopen(driver="qcow2", node_name="top", file=FILE_TOP, backing=name) for name in (None, "base", "mid")),
+            cmd("blockdev-snapshot-sync", node_name="top", snapshot_file="s.qcow2", snapshot_node_name="s"),
+            cmd("blockdev-snapshot-sync", node_name="mid", snapshot_file="s.qcow2", snapshot_node_name="s"),
+            delete("d"),
+            delete("c"),
+            reopen(driver="qcow2", node_name="top", file=FILE_TOP, backing=None),
         ],
         images=("raw.img",),
     ),

@@ -23,6 +23,7 @@ _LONGEST = 4095
 
 def filename(node: Node) -> str:
     """The name of `node`, never empty."""
+    node = node.explicit()
     exact = exact_filename(node)
     if exact:
         return exact
@@ -31,6 +32,7 @@ def filename(node: Node) -> str:
 
 def exact_filename(node: Node) -> str:
     """The plain name with which the image could be opened again, or ""."""
+    node = node.explicit()
     driver = node.driver
     if driver.is_protocol or driver.names_images:
         return driver.exact_filename()
@@ -44,6 +46,7 @@ def exact_filename(node: Node) -> str:
 
 def open_options(node: Node) -> dict[str, Any]:
     """The options (wire values, nested) that open the same tree of images again."""
+    node = node.explicit()
     options: dict[str, Any] = {"driver": node.driver.name, **_strong(node)}
     overridden = backing_overridden(node)
     for child in node.children:

@@ -75,6 +75,10 @@ class Node:
         self.opened = False
         #: It was added by the user by name, and only the user removes it.
         self.monitor_owned = False
+        #: A job has put it here: it goes along with nobody's options.
+        self.job_owned = False
+        #: A filter that a job has put here without a name from the user, who is told of its child instead.
+        self.implicit = False
         # Effective options; `Graph` sets them before the driver is opened.
         self.read_only = False
         self.auto_read_only = False
@@ -801,3 +805,12 @@ class Node:
         """The next layer."""
         edge = self.edge_below()
         return edge.node if edge is not None else None
+
+    def explicit(self) -> Node:
+        """This node, or the first below it that is not an implicit filter."""
+        node = self
+        while node.implicit:
+            edge = node.edge_below()
+            assert edge is not None
+            node = edge.node
+        return node

@@ -64,7 +64,7 @@ def _wire(options: BlockdevOptions, name: str) -> str:
 
 def _inherits(parent: Node, child: Child) -> bool:
     """Whether `child` was opened in line, so that it goes along with its parent's options."""
-    return not child.node.monitor_owned and child.node.parents[-1] is child
+    return not child.node.monitor_owned and not child.node.job_owned and child.node.parents[-1] is child
 
 
 class _Reopening:
@@ -277,6 +277,7 @@ def _find_replacement(graph: Graph, item: _Prepared, name: str, ref: Any) -> Non
     current = next((child for child in node.children if child.name == name), None)
     if ref is NULL:
         if current is not None:
+            _check_replaceable(node, current)
             item.replaced[name] = None
         return
     if isinstance(ref, BlockdevOptions):
@@ -290,7 +291,15 @@ def _find_replacement(graph: Graph, item: _Prepared, name: str, ref: Any) -> Non
     new = graph.get(ref)
     if new is None:
         raise Error(f"Cannot find device='' nor node-name='{ref}'")
+    if current is not None and current.node.explicit() is new:
+        return
+    _check_replaceable(node, current)
     item.replaced[name] = new
+
+
+def _check_replaceable(parent: Node, current: Child | None) -> None:
+    if current is not None and current.node.implicit:
+        raise Error(f"Cannot replace implicit {current.name} child of {parent.name}", errno.EPERM)
 
 
 def _check_permissions(work: _Reopening) -> None:

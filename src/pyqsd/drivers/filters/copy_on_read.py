@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from typing import Any
 
-from pyqsd.block import copy_up
+from pyqsd.block import copy_up, freezing
 from pyqsd.block import iov as iovs
 from pyqsd.block import permissions as perms
 from pyqsd.block.child import Child
@@ -50,6 +50,11 @@ class CopyOnRead(Filter):
         if not self._bottom_is_below():
             name = self.target.name
             raise Error(f"Bottom node '{options.bottom}' is not in the backing chain of node '{name}'", errno.EINVAL)
+        freezing.freeze(self.node, bottom)
+
+    async def close(self) -> None:
+        if self._bottom is not None:
+            freezing.thaw(self.node, self._bottom)
 
     def _bottom_is_below(self) -> bool:
         layer: Node | None = self.target
