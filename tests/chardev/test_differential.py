@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -27,6 +28,9 @@ from tests.system.differential import (
     run_session,
     subset_problem,
 )
+
+# The names of abstract sockets are the whole machine's.
+ABSTRACT = f"pyqsd-differential-{os.getpid()}"
 
 # --- comparing --------------------------------------------------------------------------------------------------------
 
@@ -235,8 +239,8 @@ SOCKETS = Session(
             add("x", "socket", addr=unix(), tls_creds="nosuch"),
             add("x", "socket", addr=unix(), tls_authz="nosuch"),
             add("x", "socket", addr=unix("none"), server=False, websocket=True),
-            add("x", "socket", addr=unix("pyqsd-differential", abstract=True)),
-            add("x", "socket", addr=unix("pyqsd-differential", abstract=True, tight=False)),
+            add("x", "socket", addr=unix(ABSTRACT, abstract=True)),
+            add("x", "socket", addr=unix(ABSTRACT, abstract=True, tight=False)),
             add("x", "socket", addr=unix("s", tight=True)),
             add("x", "socket", addr=unix("", abstract=True)),
             add("x", "socket", addr=unix("a" * 109)),
@@ -274,8 +278,8 @@ SOCKETS = Session(
         Do("the socket", lambda context: (context.workdir / "s").is_socket()),
         remove("u"),
         Do("the socket is gone", lambda context: (context.workdir / "s").exists()),
-        add("a", "socket", addr=unix("pyqsd-differential", abstract=True)),
-        connect("a", lambda context: "\0pyqsd-differential"),
+        add("a", "socket", addr=unix(ABSTRACT, abstract=True)),
+        connect("a", lambda context: "\0" + ABSTRACT),
         *get("a", "addr", "connected"),
         disconnect("a"),
         add("i", "socket", addr=inet()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from tests.system.differential import Context, Do, Session, Subset, check_session, cmd
 
 OBJECTS = cmd("qom-list", path="/objects")
+ABSTRACT = {"path": f"abs-{os.getpid()}", "abstract": True}  # a name that is the whole machine's
 
 
 def obj(qom_type: str, name: str, **more: Any) -> dict[str, Any]:
@@ -249,7 +251,7 @@ SESSIONS = [
             chardev("r2", "ringbuf"),
             chardev("s", "socket", addr=unix("s.sock"), server=True, wait=False),
             chardev("c", "socket", addr=unix("s.sock"), server=False),
-            chardev("a", "socket", addr={"type": "unix", "data": {"path": "abs", "abstract": True}}, wait=False),
+            chardev("a", "socket", addr={"type": "unix", "data": ABSTRACT}, wait=False),
             chardev("logged", "null", logfile="log.txt", logappend=True),
             cmd("query-chardev"),
             Do("files", lambda c: sorted(p.name for p in Path(c.workdir).iterdir() if not p.name.startswith("stderr"))),
