@@ -54,7 +54,7 @@ class Fake(Job):
     async def clean(self) -> None:
         self._hook("clean")
 
-    def pausing(self) -> None:
+    async def pausing(self) -> None:
         self.log.append("pausing")
 
     def resumed(self) -> None:

@@ -49,31 +49,17 @@ EXTRA: frozenset[str] = frozenset(
 COMMANDS_NOT_WRITTEN = frozenset(
     [
         "block-commit",
-        "block-job-cancel",
-        "block-job-change",
-        "block-job-complete",
-        "block-job-dismiss",
-        "block-job-finalize",
-        "block-job-pause",
-        "block-job-resume",
-        "block-job-set-speed",
         "block-stream",
         "blockdev-backup",
         "blockdev-mirror",
         "drive-backup",
         "drive-mirror",
-        "query-block-jobs",
         "transaction",
         "x-blockdev-set-iothread",
     ]
 )
 EVENTS_NOT_WRITTEN = frozenset(
     [
-        "BLOCK_JOB_CANCELLED",
-        "BLOCK_JOB_COMPLETED",
-        "BLOCK_JOB_ERROR",
-        "BLOCK_JOB_PENDING",
-        "BLOCK_JOB_READY",
         "QUORUM_FAILURE",
         "QUORUM_REPORT_BAD",
         "VSERPORT_CHANGE",

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyqsd.block import graph_perms
 from pyqsd.block import permissions as perms
@@ -32,6 +32,11 @@ class BlockBackend:
         perm, shared: bits of `pyqsd.block.permissions` that it needs, and lets others have.
     """
 
+    #: The job that this is an edge of; None: a user by itself.
+    owner: Any = None
+    #: How its edge is called.
+    edge_name = "root"
+
     def __init__(self, graph: Graph, description: str, perm: int, shared: int) -> None:
         self.graph = graph
         self._description = description
@@ -42,6 +47,9 @@ class BlockBackend:
         self.suspended = False
         #: Its permission to write is no obstacle to making the node inactive: requests are refused then.
         self.allow_inactive = False
+        #: While the graph below is drained, new requests wait. Not those of a job: it is drained itself, and must come
+        #: to the end of what it is at.
+        self.held_back = True
         #: Called when the size of the node has changed.
         self.on_resize: Callable[[], None] | None = None
         #: Called when a drain of the graph below begins and ends.
@@ -60,7 +68,7 @@ class BlockBackend:
         """Start to use `node`. Raises Error and leaves everything as it was if a permission is not to be had."""
         if self.edge is not None:
             raise ValueError("this backend has a node already")
-        edge = Child(self, "root", node, 0, 0, perms.ALL)
+        edge = Child(self, self.edge_name, node, 0, 0, perms.ALL)
         suspended = self.allow_inactive and not node.active
         node.parents.insert(0, edge)
         try:
@@ -140,6 +148,8 @@ class BlockBackend:
 
     def quiesce(self) -> None:
         """Hold back new requests from now on."""
+        if not self.held_back:
+            return
         self.quiesced += 1
         if self.quiesced == 1:
             self._resumed = asyncio.Event()

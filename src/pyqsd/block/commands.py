@@ -5,11 +5,12 @@ from __future__ import annotations
 import errno
 from typing import Final
 
+from pyqsd.block import op_blockers
 from pyqsd.block import permissions as perms
 from pyqsd.block.backend import BlockBackend
-from pyqsd.block.driver import ROLE_COW
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
+from pyqsd.block.op_blockers import Op
 from pyqsd.block.options import BlockdevOptions
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
@@ -47,7 +48,7 @@ async def block_resize(graph: Graph, /, *, device: str | None = None, node_name:
         raise Error("Parameter 'size' expects a >0 size")
     if size > MAX_LENGTH:
         raise Error(f"offset({size}) exceeds maximum({MAX_LENGTH})", errno.EIO)
-    check_not_backing(node)
+    op_blockers.check(node, Op.RESIZE)
     backend = BlockBackend(graph, "an unnamed block device", perms.RESIZE, perms.ALL)
     backend.insert(node)
     try:
@@ -72,10 +73,3 @@ def lookup(graph: Graph, device: str | None, node_name: str | None) -> Node:
     if node is None:
         raise Error(f"Cannot find device='{device or ''}' nor node-name='{node_name or ''}'")
     return node
-
-
-def check_not_backing(node: Node) -> None:
-    """Nobody has `node` as backing file, who relies on its content. Raises Error."""
-    for edge in node.parents:
-        if edge.role & ROLE_COW and isinstance(edge.parent, Node):
-            raise Error(f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'")

@@ -11,12 +11,13 @@ from collections.abc import AsyncIterator, Awaitable, Coroutine
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
-from pyqsd.block import graph_perms, registry
+from pyqsd.block import graph_perms, op_blockers, registry
 from pyqsd.block import permissions as perms
 from pyqsd.block.backend import BlockBackend
 from pyqsd.block.child import Child
 from pyqsd.block.driver import ROLE_COW, ROLE_PRIMARY
 from pyqsd.block.node import Node
+from pyqsd.block.op_blockers import Op
 from pyqsd.block.options import BlockdevDetectZeroesOptions, BlockdevDiscardOptions, BlockdevOptions, BlockdevRef
 from pyqsd.qapi.errors import Error, from_oserror
 from pyqsd.qapi.types import NULL
@@ -228,11 +229,9 @@ class Graph:
         node = self.get(name)
         if node is None:
             raise Error(f"Failed to find node with node-name='{name}'")
-        if any(isinstance(edge.parent, BlockBackend) for edge in node.parents):
+        if any(isinstance(edge.parent, BlockBackend) and edge.parent.owner is None for edge in node.parents):
             raise Error(f"Node {name} is in use")
-        for edge in node.parents:
-            if edge.role & ROLE_COW:
-                raise Error(f"Node '{name}' is busy: node is used as backing hd of '{edge.parent.description()[6:-1]}'")
+        op_blockers.check(node, Op.DELETE)
         if not node.monitor_owned:
             raise Error(f"Node {name} is not owned by the monitor")
         if node.parents:

@@ -35,6 +35,7 @@ from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
     from pyqsd.block.graph import Graph
+    from pyqsd.block.op_blockers import Blocker
 
 _NOT_SUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -97,6 +98,8 @@ class Node:
         #: Requests go to the driver as they are: it is a protocol that takes any length.
         self._leaf = False
         self.dirty_bitmaps = NodeBitmaps()
+        #: Who keeps the node from what; see `pyqsd.block.op_blockers`.
+        self.op_blockers: list[Blocker] = []
         #: Offset above which a write raises BLOCK_WRITE_THRESHOLD, 0: none.
         self.write_threshold = 0
         self.wr_highest_offset = 0
@@ -265,8 +268,9 @@ class Node:
     # --- reading -----------------------------------------------------------------------------------------------------
 
     async def preadv(self, offset: int, length: int, iov: list[memoryview], flags: int = 0) -> None:
-        """Fill `iov` with the content of the range; what is beyond the end reads as zeroes."""
-        if self.read_now(offset, length, iov):
+        """Fill `iov` with the content of the range; what is beyond the end reads as zeroes. With `BACKGROUND` it is
+        left to a worker as far as it can be."""
+        if not flags and self.read_now(offset, length, iov):
             return
         if offset < 0 or length < 0:
             raise OSError(errno.EIO, "Request out of range")
@@ -284,7 +288,7 @@ class Node:
             elif self._leaf:
                 await self._read_protocol(offset, length, iov)
             else:
-                await self._read(offset, length, iov)
+                await self._read(offset, length, iov, flags)
         finally:
             self._request_done()
 
@@ -294,16 +298,16 @@ class Node:
         await self._read(start, end - start, [bounce])
         iovs.copy(iov, [bounce[offset - start : offset - start + length]])
 
-    async def _read(self, offset: int, length: int, iov: list[memoryview]) -> None:
+    async def _read(self, offset: int, length: int, iov: list[memoryview], flags: int = 0) -> None:
         most = self.limits.max_transfer
         if most and length > most:
             for at in range(0, length, most):
                 n = min(most, length - at)
-                await self._read_mapped(offset + at, n, iovs.part(iov, at, n))
+                await self._read_mapped(offset + at, n, iovs.part(iov, at, n), flags)
         else:
-            await self._read_mapped(offset, length, iov)
+            await self._read_mapped(offset, length, iov, flags)
 
-    async def _read_mapped(self, offset: int, length: int, iov: list[memoryview]) -> None:
+    async def _read_mapped(self, offset: int, length: int, iov: list[memoryview], request_flags: int = 0) -> None:
         driver = self.driver
         if driver.is_protocol:
             await self._read_protocol(offset, length, iov)
@@ -324,13 +328,13 @@ class Node:
                 assert node is not None
                 if driver.file is not None and driver.file.node.debug_event is not None and not driver.is_filter:
                     driver.file.node.debug_event("read_aio")
-                await node.preadv(at, n, part)
+                await node.preadv(at, n, part, request_flags)
             elif driver.backing is None or offset + done >= driver.backing.node.length:
                 iovs.fill_zero(part)
             else:
                 if driver.file is not None and driver.file.node.debug_event is not None:
                     driver.file.node.debug_event("read_backing_aio")
-                await driver.backing.node.preadv(offset + done, n, part)
+                await driver.backing.node.preadv(offset + done, n, part, request_flags)
             done += n
 
     async def _read_protocol(self, offset: int, length: int, iov: list[memoryview]) -> None:

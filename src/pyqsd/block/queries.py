@@ -6,6 +6,7 @@ from typing import Any
 
 from pyqsd.block import filenames, internal_snapshots, stats
 from pyqsd.block import permissions as perms
+from pyqsd.block.backend import BlockBackend
 from pyqsd.block.child import Child
 from pyqsd.block.dirty_bitmap import DirtyBitmap
 from pyqsd.block.graph import Graph
@@ -60,7 +61,7 @@ async def x_debug_query_block_graph(graph: Graph, /) -> XDbgBlockGraph:
     def add_edge(child: Child) -> None:
         edges.append(
             XDbgBlockGraphEdge(
-                parent=number(child.parent),
+                parent=number_of(child.parent),
                 child=number(child.node),
                 name=child.name,
                 perm=_permissions(child.perm),
@@ -68,9 +69,23 @@ async def x_debug_query_block_graph(graph: Graph, /) -> XDbgBlockGraph:
             )
         )
 
-    for backend in graph.backends:
+    def number_of(parent: Any) -> int:
+        # The edges of a job are one vertex together.
+        return number(parent.owner if isinstance(parent, BlockBackend) and parent.owner is not None else parent)
+
+    users = [backend for backend in graph.backends if backend.owner is None]
+    for backend in users:
         nodes.append(XDbgBlockGraphNode(id=number(backend), type=XDbgBlockGraphNodeType.BLOCK_BACKEND, name=""))
         if backend.edge is not None:
+            add_edge(backend.edge)
+    edges_of: dict[Any, list[BlockBackend]] = {}
+    for backend in reversed(graph.backends):
+        if backend.owner is not None:
+            edges_of.setdefault(backend.owner, []).append(backend)
+    for job, backends in edges_of.items():
+        nodes.append(XDbgBlockGraphNode(id=number(job), type=XDbgBlockGraphNodeType.BLOCK_JOB, name=job.id or ""))
+        for backend in backends:
+            assert backend.edge is not None
             add_edge(backend.edge)
     for node in nodes_in_order(graph):
         nodes.append(XDbgBlockGraphNode(id=number(node), type=XDbgBlockGraphNodeType.BLOCK_DRIVER, name=node.name))

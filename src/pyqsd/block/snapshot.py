@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 from contextlib import AsyncExitStack
 
-from pyqsd.block import action, graph_perms
+from pyqsd.block import action, graph_perms, op_blockers
 from pyqsd.block import permissions as perms
-from pyqsd.block.commands import check_not_backing
 from pyqsd.block.driver import ROLE_COW
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
+from pyqsd.block.op_blockers import Op
 from pyqsd.block.reopen import set_read_only
 from pyqsd.block.replace import Change
 from pyqsd.qapi.command import command
@@ -44,7 +44,7 @@ class SnapshotAction(action.Action):
         graph = self._graph
         node = self._node = self._find()
         await self._stack.enter_async_context(graph.drained(node))
-        check_not_backing(node)
+        op_blockers.check(node, Op.EXTERNAL_SNAPSHOT)
         if not node.read_only:
             try:
                 await node.flush()

@@ -13,7 +13,7 @@ import asyncio
 import errno
 import logging
 import re
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from enum import StrEnum
 from typing import ClassVar, Final
 
@@ -165,9 +165,13 @@ class Job:
         self.user_paused = False
         self._task: asyncio.Task[None] | None = None
         self._in_run = False
+        #: It sleeps or stands still.
+        self.resting = False
+        self._still_waiters: list[asyncio.Future[None]] = []
         #: Wakes the task from a pause, a sleep, or the wait for `finalize`.
         self._changed = asyncio.Event()
         self._finalize_wanted = False
+        self._started = False
         jobs.enter(self)
         self._become(JobStatus.CREATED)
 
@@ -189,11 +193,14 @@ class Job:
     async def clean(self) -> None:
         """Release everything, after `commit` or `abort`. Cannot fail."""
 
-    def pausing(self) -> None:
-        """It stands still from now on."""
+    async def pausing(self) -> None:
+        """It is about to stand still: wait for all that it has under way. Raises nothing."""
 
     def resumed(self) -> None:
         """It goes on."""
+
+    def user_resumed(self) -> None:
+        """The user lets it go on."""
 
     def cancel_requested(self, force: bool) -> bool:
         """The user cancels. False if the job ends in its own way (a ready mirror does, unless `force`)."""
@@ -202,18 +209,28 @@ class Job:
     def completing(self) -> None:
         """The user wants a ready job to end. Raises Error."""
 
+    def reached(self, status: JobStatus) -> None:
+        """It is `READY`, or `PENDING` and waits for ``job-finalize``."""
+
+    def finished(self) -> None:
+        """A job that was started has ended, and is about to be `CONCLUDED`."""
+
     # --- what `run` uses ---------------------------------------------------------------------------------------------
 
     async def pause_point(self) -> None:
         """Stand still here as long as somebody wants it. Raises JobCancelled once the job is cancelled."""
         if self.pause_count and not self.cancelled:
+            await self.pausing()
+        if self.pause_count and not self.cancelled:
             before = self.status
-            self.pausing()
             self._become(JobStatus.STANDBY if before is JobStatus.READY else JobStatus.PAUSED)
+            self.resting = True
+            self._stands_still()
             try:
                 while self.pause_count and not self.cancelled:
                     await self._wait_changed()
             finally:
+                self.resting = False
                 # Also when it is interrupted: it fails as what it was.
                 self._become(before)
             self.resumed()
@@ -224,16 +241,20 @@ class Job:
         """Wait, until something is asked of the job at the latest, and then `pause_point`."""
         self._changed.clear()
         if not self.cancelled and not self.pause_count:
+            self.resting = True
             try:
                 async with asyncio.timeout(seconds):
                     await self._changed.wait()
             except TimeoutError:
                 pass
+            finally:
+                self.resting = False
         await self.pause_point()
 
     def ready(self) -> None:
         """It could end now, and goes on until it is told to (`completing`, `cancel_requested`)."""
         self._become(JobStatus.READY)
+        self.reached(JobStatus.READY)
 
     def expect(self, more: int) -> None:
         """So much is left to do."""
@@ -251,6 +272,7 @@ class Job:
 
     def start(self) -> None:
         """Begin. `run` is called when the caller next waits."""
+        self._started = True
         self._become(JobStatus.RUNNING)
         self._task = asyncio.get_running_loop().create_task(self._live())
 
@@ -268,6 +290,8 @@ class Job:
         if self.error is None:
             self._become(JobStatus.WAITING)
             self._become(JobStatus.PENDING)
+            if not self.auto_finalize:
+                self.reached(JobStatus.PENDING)
             await self._try(self._until_finalize())
             if self.error is None:
                 await self._try(self.prepare())
@@ -279,6 +303,8 @@ class Job:
             self._become(JobStatus.ABORTING)
             await self._must(self.abort())
         await self._must(self.clean())
+        if self._started:
+            self.finished()
         self._become(JobStatus.CONCLUDED)
         if self.auto_dismiss:
             self._remove()
@@ -290,6 +316,7 @@ class Job:
             await self.run()
         finally:
             self._in_run = False
+            self._stands_still()
 
     async def _until_finalize(self) -> None:
         while not self.auto_finalize and not self._finalize_wanted and not self.cancelled:
@@ -320,6 +347,10 @@ class Job:
         except (Exception, asyncio.CancelledError):
             log.exception("job '%s': its end was not clean", self.id)
 
+    def give_up(self) -> None:
+        """Whoever made it could not finish that: it was never there. It has not been started."""
+        self._remove()
+
     def _remove(self) -> None:
         self._become(JobStatus.NULL)
         self.jobs.leave(self)
@@ -328,6 +359,24 @@ class Job:
         """Until the job has concluded, or for so long."""
         if self._task is not None:
             await asyncio.wait([self._task], timeout=seconds)
+
+    def _stands_still(self) -> None:
+        waiters, self._still_waiters = self._still_waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def wait_still(self) -> None:
+        """Until it does nothing that a drain of its nodes has to wait for: it stands still, or `run` has ended. Does
+        not wait when the job itself asks, because it drains."""
+        while self._in_run and not self._is_still and asyncio.current_task() is not self._task:
+            waiter = asyncio.get_running_loop().create_future()
+            self._still_waiters.append(waiter)
+            await waiter
+
+    @property
+    def _is_still(self) -> bool:
+        return self.status in (JobStatus.PAUSED, JobStatus.STANDBY)
 
     # --- what is asked of it -----------------------------------------------------------------------------------------
 
@@ -362,6 +411,7 @@ class Job:
             raise Error("Can't resume a job that was not paused")
         self.check_verb(JobVerb.RESUME)
         self.user_paused = False
+        self.user_resumed()
         self.resume()
 
     async def user_cancel(self, force: bool = True) -> None:
@@ -377,6 +427,7 @@ class Job:
         """End as soon as possible; without `force`, in the way of the job."""
         if self.user_paused:
             self.user_paused = False
+            self.user_resumed()
             self.resume()
         if not self.cancel_requested(force):
             self.soft_cancelled = True
@@ -463,9 +514,13 @@ class Jobs:
                 return job
         raise Error("Job not found")
 
+    def __iter__(self) -> Iterator[Job]:
+        """All jobs of users, the newest first."""
+        return (job for job in reversed(self._jobs) if job.id is not None)
+
     def query(self) -> list[JobInfo]:
-        """All jobs of users, the newest first (``query-jobs``)."""
-        return [job.info() for job in reversed(self._jobs) if job.id is not None]
+        """What ``query-jobs`` tells."""
+        return [job.info() for job in self]
 
     async def shutdown(self) -> None:
         """The end of the daemon: cancel everything and wait for it."""

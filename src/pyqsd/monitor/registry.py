@@ -16,6 +16,7 @@ MODULES = (
     "pyqsd.block.queries",
     "pyqsd.block.events",
     "pyqsd.jobs.commands",
+    "pyqsd.jobs.block_job_commands",
     "pyqsd.jobs.create",
     "pyqsd.jobs.amend",
     "pyqsd.exports.commands",
