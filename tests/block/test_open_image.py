@@ -125,6 +125,9 @@ def test_no_directory_to_be_relative_to() -> None:
         driver = Driver()
         children: list[Any] = []
 
+        def explicit(self) -> Odd:
+            return self
+
     with pytest.raises(ValueError, match=r"^Cannot generate a base directory for odd nodes$"):
         filenames.full_backing_filename(Odd(), "a.img")  # type: ignore[arg-type]
     assert filenames.full_backing_filename(Odd(), "/a.img") == "/a.img"  # type: ignore[arg-type]
