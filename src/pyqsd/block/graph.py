@@ -24,6 +24,7 @@ from pyqsd.qapi.types import NULL
 from pyqsd.trace import events as trace
 
 if TYPE_CHECKING:
+    from pyqsd.block.driver import Driver
     from pyqsd.qapi.command import EventBus
     from pyqsd.qom.objects import Objects
 
@@ -103,6 +104,15 @@ class Graph:
             self._names_made += 1
             if name not in self.nodes:
                 return name
+
+    def make_node(self, name: str | None, driver_class: type[Driver]) -> Node:
+        """A new node that is not opened, with no options at all, for a driver that only its maker knows. Raises Error
+        if it cannot have this name."""
+        if name is not None:
+            self._check_name(name)
+        node = Node(self, name or self._make_name(), driver_class, driver_class.Options(node_name=name))
+        self.nodes[node.name] = node
+        return node
 
     async def _open(self, options: BlockdevOptions, parent: Node | None, role: int) -> Node:
         """Open a node; `parent` and `role`: whose inline child it is, to inherit options from."""
