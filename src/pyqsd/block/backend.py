@@ -233,6 +233,15 @@ class BlockBackend:
         finally:
             self._end()
 
+    async def copy_from(self, offset: int, length: int, source: Node, at: int) -> bool:
+        """Write what `source` has at the offset `at`; see `Node.copy_from`."""
+        node = await self._begin()
+        try:
+            self._check_write(node, offset, length)
+            return await node.copy_from(offset, length, source, at)
+        finally:
+            self._end()
+
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write `data`, also beyond the end, which grows (making an image does that); needs RESIZE. Raises OSError."""
         node = await self._begin()

@@ -16,18 +16,24 @@ from typing import Any, Final, Protocol
 
 from pyqsd.aio import eager
 from pyqsd.block import iov as iovs
+from pyqsd.block.backend import BlockBackend
 from pyqsd.block.driver import BACKGROUND, MAY_UNMAP
+from pyqsd.block.extents import ALLOCATED, DRIVER, OFFSET_VALID, ZERO
+from pyqsd.block.node import Node
 
 #: So long, in seconds, pieces that need no waiting may keep the loop from everything else.
 _TURN: Final = 0.001
 #: Smaller pieces are copied in the loop's thread if that needs no waiting: handing them over costs more.
 _BACKGROUND_FROM: Final = 64 << 10
+#: So many times copying in the kernel may fail, one after the other, before it is given up.
+_OFFLOAD_TRIES: Final = 4
 
 
 class End(Protocol):
     """A source or a target: a node, or a user's way to one (`pyqsd.block.backend.BlockBackend`)."""
 
     async def preadv(self, offset: int, length: int, iov: list[memoryview], flags: int = 0) -> None: ...
+    async def copy_from(self, offset: int, length: int, source: Node, at: int) -> bool: ...
     async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int = 0) -> None: ...
     async def pwrite_zeroes(self, offset: int, length: int, flags: int = 0) -> None: ...
     async def pdiscard(self, offset: int, length: int) -> None: ...
@@ -53,20 +59,27 @@ class Transfer:
     Arguments:
         write_flags: for every write of data (`WRITE_COMPRESSED`, `WRITE_UNCHANGED`).
         zero_flags: for every write of zeroes.
+        offload: let the kernel copy from file to file where it can (copy_file_range).
 
     The methods raise CopyError.
     """
 
-    def __init__(self, source: End, target: End, *, write_flags: int = 0, zero_flags: int = MAY_UNMAP) -> None:
+    def __init__(
+        self, source: End, target: End, *, write_flags: int = 0, zero_flags: int = MAY_UNMAP, offload: bool = True
+    ) -> None:
         self._source = source
         self._target = target
         self._write_flags = write_flags
         self._zero_flags = zero_flags
+        #: How often copying in the kernel may still fail before it is no longer tried.
+        self._offload = _OFFLOAD_TRIES if offload and not write_flags else 0
         #: Buffers to use again, by size.
         self._buffers: dict[int, list[memoryview]] = {}
 
     async def copy(self, offset: int, length: int) -> None:
         """Read and write."""
+        if self._offload and await self._copied_by_kernel(offset, length):
+            return
         free = self._buffers.setdefault(length, [])
         buffer = free.pop() if free else iovs.aligned_buffer(length)
         flags = BACKGROUND if length >= _BACKGROUND_FROM else 0
@@ -85,6 +98,18 @@ class Transfer:
                 self._buffers.clear()
             self._buffers.setdefault(length, []).append(buffer)
 
+    async def _copied_by_kernel(self, offset: int, length: int) -> bool:
+        source = self._source.node if isinstance(self._source, BlockBackend) else self._source
+        place = in_one_place(source, offset, length) if isinstance(source, Node) else None
+        if place is None:
+            return False
+        try:
+            copied = await self._target.copy_from(offset, length, *place)
+        except OSError as exc:
+            raise CopyError(False, exc) from exc
+        self._offload = _OFFLOAD_TRIES if copied else self._offload - 1
+        return copied
+
     async def zero(self, offset: int, length: int) -> None:
         """Make the range of the target read as zeroes."""
         try:
@@ -98,6 +123,32 @@ class Transfer:
             await self._target.pdiscard(offset, length)
         except OSError as exc:
             raise CopyError(False, exc) from exc
+
+
+def in_one_place(node: Node, offset: int, length: int) -> tuple[Node, int] | None:
+    """The protocol node that has all of the range, in one piece and as it is read, and where; None if there is none, or
+    that is not known without waiting."""
+    while offset + length <= node.length:
+        driver = node.driver
+        if driver.is_protocol:
+            return node, offset
+        if driver.is_filter:
+            # It may have something to say about every read.
+            return None
+        extent = driver.map(offset, length)
+        if extent is None:
+            return None
+        n, flags, below, at = extent
+        if n < length or flags & (DRIVER | ZERO):
+            return None
+        if flags & OFFSET_VALID:
+            assert below is not None
+            node, offset = below, at
+        elif flags & ALLOCATED or driver.backing is None:
+            return None
+        else:
+            node = driver.backing.node
+    return None
 
 
 class Workers:

@@ -303,6 +303,11 @@ class Driver:
         """Write; `flags` only has bits of `write_flags`. Raises OSError."""
         raise OSError(errno.ENOTSUP, "write")
 
+    async def copy_from(self, offset: int, length: int, source: Node, at: int) -> bool:
+        """Write what the protocol node `source` has at the offset `at`, without it passing through this program. False
+        if that cannot be done; nothing or part of it is written then. Raises OSError."""
+        return False
+
     async def pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
         """Make the range read as zeroes cheaply. Raises OSError with ENOTSUP if that cannot be done for exactly this
         range; the node then writes zero bytes unless `NO_FALLBACK`."""

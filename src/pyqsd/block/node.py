@@ -393,6 +393,29 @@ class Node:
         finally:
             self._write_done(request, offset, length, False)
 
+    async def copy_from(self, offset: int, length: int, source: Node, at: int) -> bool:
+        """Write what the protocol node `source` has at the offset `at`, if the kernel can copy it by itself; else
+        False, and the caller reads and writes it all. Raises OSError."""
+        self._check_writable(offset, length)
+        end = offset + length
+        if (
+            end > self.length
+            or self._serialising
+            or self.detect_zeroes != "off"
+            or self.debug_event is not None
+            or (offset | length) & (self.limits.request_alignment - 1)
+        ):
+            return False
+        request = Tracked(offset, end, False)
+        self.in_flight += 1
+        source.in_flight += 1
+        self._tracked.add(request)
+        try:
+            return await self.driver.copy_from(offset, length, source, at)
+        finally:
+            source._request_done()
+            self._write_done(request, offset, length, False)
+
     async def pwrite(self, offset: int, data: bytes | bytearray | memoryview, flags: int = 0) -> None:
         """Write `data` (any buffer of bytes)."""
         view = memoryview(data).cast("B")

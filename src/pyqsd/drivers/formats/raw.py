@@ -149,6 +149,9 @@ class Raw(Driver):
             below.debug_event("write_aio")
         await below.pwritev(at, length, iov, flags)
 
+    async def copy_from(self, offset: int, length: int, source: Node, at: int) -> bool:
+        return await self._below.copy_from(self._place(offset, length), length, source, at)
+
     async def pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
         await self._below.pwrite_zeroes(self._place(offset, length), length, flags)
 

@@ -145,3 +145,19 @@ def set_nocow(fd: int) -> None:
         fcntl.ioctl(fd, _FS_IOC_SETFLAGS, (flags | _FS_NOCOW_FL).to_bytes(8, sys.byteorder))
     except OSError:
         pass
+
+
+def copy_range(source: int, at: int, target: int, offset: int, length: int) -> bool:
+    """Let the kernel copy from the file descriptor `source` to `target`. False if it does not do all of it, for
+    whatever reason: who then reads and writes himself learns whose error it was."""
+    try:
+        while length:
+            n = os.copy_file_range(source, target, length, at, offset)
+            if not n:
+                return False
+            at += n
+            offset += n
+            length -= n
+    except OSError:
+        return False
+    return True

@@ -15,6 +15,7 @@ from pyqsd.block import permissions as perms
 from pyqsd.block.driver import FUA, MAY_UNMAP, NO_FALLBACK, Driver, Limits
 from pyqsd.block.extents import DATA, OFFSET_VALID, ZERO, Extent
 from pyqsd.block.info import ImageInfoSpecific
+from pyqsd.block.node import Node
 from pyqsd.drivers.protocols import _calls, _ioctl
 from pyqsd.drivers.protocols._extents import Extents, find
 from pyqsd.drivers.protocols._locking import FileLocks
@@ -555,6 +556,24 @@ class PosixDriver(Driver):
             file.release()
         if offset + length > self._size:
             self._size = offset + length
+
+    async def copy_from(self, offset: int, length: int, source: Node, at: int) -> bool:
+        other = source.driver
+        if not isinstance(other, PosixDriver) or self._direct or other._direct or self._flush_error:
+            return False
+        file, theirs = self._file, other._file
+        file.users += 1
+        theirs.users += 1
+        self._changing()
+        try:
+            copied: bool = await self.engine.call(_calls.copy_range, theirs.fd, at, file.fd, offset, length)
+        finally:
+            self._changed()
+            file.release()
+            theirs.release()
+        if copied and offset + length > self._size:
+            self._size = offset + length
+        return copied
 
     def _changing(self) -> None:
         """Something that may change what is data and what is a hole begins."""
