@@ -3,19 +3,17 @@ status."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from tests.cli.command_lines import OBJECTS, RIGHT, SENTINEL, WRONG
-from tests.support import images, peers
+from tests.support import images
+from tests.support.daemon import run_to_end
 
 TIMEOUT = 30.0
 
@@ -46,41 +44,15 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture(scope="module")
-def fork_server() -> Iterator[subprocess.Popen[str]]:
-    server = subprocess.Popen(
-        [sys.executable, "-m", "tests.cli.fork_server"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    with server:
-        yield server
+def run(kind: str, argv: Sequence[str], cwd: Path) -> Outcome:
+    done = run_to_end(kind, argv, workdir=cwd, timeout=TIMEOUT)
+    return outcome(done.returncode, done.stdout, done.stderr, {"qsd": "qemu-storage-daemon"}.get(kind, kind))
 
 
-def run_ours(server: subprocess.Popen[str], argv: Sequence[str], cwd: Path) -> Outcome:
-    assert server.stdin is not None and server.stdout is not None
-    server.stdin.write(json.dumps({"argv": list(argv), "cwd": str(cwd)}) + "\n")
-    server.stdin.flush()
-    answer = json.loads(server.stdout.readline())
-    return outcome(answer["status"], answer["stdout"], answer["stderr"], "pyqsd")
-
-
-def run_theirs(argv: Sequence[str], cwd: Path) -> Outcome:
-    done = subprocess.run(
-        [peers.require("qemu-storage-daemon"), *argv],
-        cwd=cwd,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=TIMEOUT,
-        check=False,
-        encoding="utf-8",
-        errors="replace",
-    )
-    return outcome(done.returncode, done.stdout, done.stderr, "qemu-storage-daemon")
-
-
-def both(server: subprocess.Popen[str], argv: Sequence[str], template: Path, tmp_path: Path) -> tuple[Outcome, Outcome]:
+def both(argv: Sequence[str], template: Path, tmp_path: Path) -> tuple[Outcome, Outcome]:
     shutil.copytree(template, tmp_path / "theirs")
     shutil.copytree(template, tmp_path / "ours")
-    return run_theirs(argv, tmp_path / "theirs"), run_ours(server, argv, tmp_path / "ours")
+    return run("qsd", argv, tmp_path / "theirs"), run("pyqsd", argv, tmp_path / "ours")
 
 
 def name(argv: list[str]) -> str:
@@ -88,8 +60,8 @@ def name(argv: list[str]) -> str:
 
 
 @pytest.mark.parametrize("argv", WRONG + OBJECTS, ids=name)
-def test_wrong(argv: list[str], fork_server: subprocess.Popen[str], template: Path, tmp_path: Path) -> None:
-    theirs, ours = both(fork_server, argv, template, tmp_path)
+def test_wrong(argv: list[str], template: Path, tmp_path: Path) -> None:
+    theirs, ours = both(argv, template, tmp_path)
     if argv in LISTS:
         assert ours.stdout.strip()
         assert set(ours.stdout.splitlines()) <= set(theirs.stdout.splitlines())
@@ -98,8 +70,8 @@ def test_wrong(argv: list[str], fork_server: subprocess.Popen[str], template: Pa
 
 
 @pytest.mark.parametrize("argv", RIGHT, ids=name)
-def test_right(argv: list[str], fork_server: subprocess.Popen[str], template: Path, tmp_path: Path) -> None:
-    theirs, ours = both(fork_server, argv + SENTINEL, template, tmp_path)
+def test_right(argv: list[str], template: Path, tmp_path: Path) -> None:
+    theirs, ours = both(argv + SENTINEL, template, tmp_path)
     assert theirs.status == 1 and "does not accept value 'nosuch-sentinel'" in theirs.stderr
     assert ours == theirs
     # What stays behind is a daemon's own business only where it ends in order: no sockets, no process ID file.

@@ -32,6 +32,12 @@ def workdir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here processes start from nothing, as they do for users."""
+    monkeypatch.setattr("tests.support.daemon.starts_warm", lambda kind: False)
+
+
 @pytest.fixture
 def reap() -> Iterator[Callable[[int], None]]:
     """Makes sure that daemons in the background are gone in the end."""

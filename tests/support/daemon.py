@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 from tests.support import peers
 from tests.support.qmp import QmpClient
+from tests.support.warm import WARM, Started
 
 START_TIMEOUT = 20.0
 STOP_TIMEOUT = 30.0
@@ -47,6 +49,11 @@ def argv_of(kind: str) -> list[str]:
     raise ValueError(kind)
 
 
+def starts_warm(kind: str) -> bool:
+    """Whether such a daemon is forked off a process that has imported it (tests/support/warm.py)."""
+    return kind == "pyqsd" and not os.environ.get("PYQSD_TEST_COMMAND")
+
+
 def poll(condition: Callable[[], Any], what: str, timeout: float = START_TIMEOUT, interval: float = 0.005) -> Any:
     """Waits until `condition()` is true and returns its value; for states that nothing announces."""
     deadline = time.monotonic() + timeout
@@ -66,7 +73,7 @@ def may_announce(argv: Sequence[str]) -> bool:
     return not waits and "--pidfile" not in argv and "--daemonize" not in argv
 
 
-def wait_announced(process: subprocess.Popen[bytes], pidfile: Path) -> None:
+def wait_announced(process: subprocess.Popen[bytes] | Started, pidfile: Path) -> None:
     """Wait until `pidfile` is there, or the process has ended."""
     poll(lambda: pidfile.exists() or process.poll() is not None, "the real daemon")
 
@@ -102,37 +109,42 @@ class DaemonProcess:
         self.pass_fds = pass_fds
         self.preexec = preexec
         self.prefix = list(prefix)
+        self.special = bool(env or pass_fds or preexec or prefix)
         self.room = 0  # for tests: bytes that it may grow by
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | Started | None = None
         self._qmp: QmpClient | None = None
         self.ended_by_test = False
         if start:
             self.start()
 
     def start(self) -> None:
-        argv = self.prefix + argv_of(self.kind) + self.args
+        args = list(self.args)
         self.qmp_path.unlink(missing_ok=True)
         if self.want_qmp:
-            argv += ["--chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off", "--monitor", "chardev=qmp0"]
+            args += ["--chardev", "socket,id=qmp0,path=qmp.sock,server=on,wait=off", "--monitor", "chardev=qmp0"]
         ready = None
-        if self.kind == "qsd" and self.want_qmp and may_announce(argv):
+        if self.kind == "qsd" and self.want_qmp and may_announce(args):
             # Beside the directory, which tests look at.
             ready = self.workdir.absolute().with_name(self.workdir.absolute().name + ".ready")
             ready.unlink(missing_ok=True)
-            argv += ["--pidfile", str(ready)]
+            args += ["--pidfile", str(ready)]
         self.ended_by_test = False
         with open(self.stderr_path, "ab") as stderr:
             self.stderr_start = stderr.tell()
-            self.process = subprocess.Popen(
-                argv,
-                cwd=self.workdir,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=stderr,
-                env={**os.environ, **(self.env or {})},
-                pass_fds=self.pass_fds,
-                preexec_fn=self.preexec,  # noqa: PLW1509 (the tests that use it have no threads)
-            )
+            if self.special or not starts_warm(self.kind):
+                self.process = subprocess.Popen(
+                    [*self.prefix, *argv_of(self.kind), *args],
+                    cwd=self.workdir,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=stderr,
+                    env={**os.environ, **(self.env or {})},
+                    pass_fds=self.pass_fds,
+                    preexec_fn=self.preexec,  # noqa: PLW1509 (the tests that use it have no threads)
+                )
+            else:
+                with open(os.devnull, "r+b") as null:
+                    self.process = WARM.start(args, self.workdir, null.fileno(), null.fileno(), stderr.fileno())
         if self.want_qmp:
             try:
                 if ready is not None:
@@ -267,18 +279,32 @@ def run_to_end(
     *,
     workdir: str | os.PathLike[str],
     timeout: float = START_TIMEOUT,
-    stdin: bytes = b"",
 ) -> subprocess.CompletedProcess[str]:
     """Runs a daemon whose command line makes it end by itself (help, version, a mistake)."""
-    try:
-        done = subprocess.run(
-            argv_of(kind) + list(args), cwd=workdir, input=stdin, capture_output=True, timeout=timeout, check=False
+    process: subprocess.Popen[bytes] | Started
+    with (
+        open(os.devnull, "rb") as null,
+        tempfile.TemporaryFile() as stdout,
+        tempfile.TemporaryFile() as stderr,
+    ):
+        if starts_warm(kind):
+            process = WARM.start(args, workdir, null.fileno(), stdout.fileno(), stderr.fileno())
+        else:
+            argv = argv_of(kind) + list(args)
+            process = subprocess.Popen(argv, cwd=workdir, stdin=null, stdout=stdout, stderr=stderr)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            stderr.seek(0)
+            text = f"{kind} {shlex.join(args)} does not end; stderr: {stderr.read()!r}"
+            raise AssertionError(text) from None
+        stdout.seek(0)
+        stderr.seek(0)
+        result = subprocess.CompletedProcess(
+            [kind, *args], code, stdout.read().decode("utf-8", "replace"), stderr.read().decode("utf-8", "replace")
         )
-    except subprocess.TimeoutExpired as expired:
-        raise AssertionError(f"{kind} {shlex.join(args)} does not end; stderr: {expired.stderr!r}") from None
-    result = subprocess.CompletedProcess(
-        done.args, done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace")
-    )
     if DIRT.search(result.stderr):
         raise AssertionError(f"{kind} {shlex.join(args)} left this on stderr:\n{result.stderr}")
     return result
