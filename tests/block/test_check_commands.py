@@ -72,6 +72,46 @@ def test_repair(tmp_path: Path) -> None:
     images.assert_clean(path)
 
 
+def test_image_in_line(tmp_path: Path) -> None:
+    """One that does not open is repaired, and nothing of it stays."""
+    path = images.create(tmp_path / "a.qcow2", "1M")
+    images.io(path, "write 0 128k")
+    with path.open("r+b") as file:
+        # No refcount table.
+        file.seek(56)
+        file.write(bytes(4))
+    image = {"driver": "qcow2", "node-name": "i", "file": {"driver": "file", "filename": str(path)}}
+
+    async def test(qmp: Commands) -> None:
+        message = "Image does not contain a reference count table"
+        assert await qmp.refused("blockdev-add", **image) == message
+        found = await qmp("x-blockdev-check", image=image)
+        assert (found["filename"], found["format"], found["corruptions"]) == (str(path), "qcow2", 8)
+        found = await qmp("x-blockdev-check", image=image, repair="all")
+        assert (found.get("corruptions"), found["corruptions-fixed"]) == (None, 5)
+        assert not qmp.graph.backends
+        assert not qmp.graph.nodes
+        await qmp("blockdev-add", **image)
+        # It is in use now.
+        message = await qmp.refused("x-blockdev-check", image={**image, "node-name": "j"})
+        assert message == 'Failed to get shared "write" lock'
+        message = "Duplicate nodes with node-name='i'"
+        assert await qmp.refused("x-blockdev-check", image=image) == message
+        message = "Exactly one of 'node-name' and 'image' must be specified"
+        assert await qmp.refused("x-blockdev-check", node_name="i", image=image) == message
+        assert await qmp.refused("x-blockdev-check") == message
+        await qmp("blockdev-del", node_name="i")
+        message = await qmp.refused("x-blockdev-check", image={**image, "read-only": True}, repair="all")
+        assert message == "Block node is read-only"
+        message = await qmp.refused("x-blockdev-check", image={"driver": "null-co", "size": 512})
+        assert message == "This image format does not support checks"
+        await qmp.refused("x-blockdev-check", image={"driver": "qcow2", "file": "nowhere"})
+        assert not qmp.graph.nodes
+
+    run(test)
+    images.assert_clean(path)
+
+
 def test_other_formats(tmp_path: Path) -> None:
     async def test(qmp: Commands) -> None:
         await qmp.add("null-co", "n", size=1 << 20)

@@ -12,6 +12,7 @@ from pyqsd.block.backend import BlockBackend
 from pyqsd.block.graph import Graph
 from pyqsd.block.image_check import BlockdevCheckRepair, CheckResult, ImageCheck
 from pyqsd.block.node import Node
+from pyqsd.block.options import BlockdevOptions
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
 
@@ -19,11 +20,29 @@ log = logging.getLogger(__name__)
 
 
 @command("x-blockdev-check", features=("unstable",))
-async def x_blockdev_check(graph: Graph, /, *, node_name: str, repair: BlockdevCheckRepair | None = None) -> ImageCheck:
-    """Look for errors in the metadata of an image, and repair them (not by default). Requests to the node wait
-    meanwhile. Nothing is repaired while somebody may write to the node."""
-    node = graph.find(node_name)
+async def x_blockdev_check(
+    graph: Graph,
+    /,
+    *,
+    node_name: str | None = None,
+    image: BlockdevOptions | None = None,
+    repair: BlockdevCheckRepair | None = None,
+) -> ImageCheck:
+    """Look for errors in the metadata of an image, and repair them (not by default): that of the node `node_name`,
+    requests to which wait meanwhile, or `image`, which is opened for this only, also if it is so broken that it does
+    not open otherwise. Nothing is repaired while somebody may write to it."""
     what = repair or BlockdevCheckRepair.NONE
+    if (node_name is None) == (image is None):
+        raise Error("Exactly one of 'node-name' and 'image' must be specified")
+    if node_name is not None:
+        return await _check(graph, graph.find(node_name), what, f"node '{node_name}'")
+    assert image is not None
+    async with graph.opened_for_check(image, what != BlockdevCheckRepair.NONE) as node:
+        return await _check(graph, node, what, f"image '{filenames.filename(node)}'")
+
+
+async def _check(graph: Graph, node: Node, what: BlockdevCheckRepair, name: str) -> ImageCheck:
+    """`name`: how log messages call it."""
     shared = perms.ALL if what == BlockdevCheckRepair.NONE else perms.CONSISTENT_READ
     backend = BlockBackend(graph, "a check", perms.CONSISTENT_READ, shared)
     backend.insert(node)
@@ -37,7 +56,7 @@ async def x_blockdev_check(graph: Graph, /, *, node_name: str, repair: BlockdevC
     finally:
         backend.remove()
     for finding, times in result.findings.items():
-        log.warning("node '%s': %d %s", node.name, times, finding)
+        log.warning("%s: %d %s", name, times, finding)
     return image_check(node, result)
 
 

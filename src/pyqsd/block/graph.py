@@ -62,9 +62,10 @@ class Graph:
     # --- finding -----------------------------------------------------------------------------------------------------
 
     def get(self, name: str) -> Node | None:
-        """The node `name` if it is open: one that a job is only just opening does not exist yet for others."""
+        """The node `name` if it is open: one that a job is only just opening does not exist yet for others, and one
+        that is being checked never does."""
         node = self.nodes.get(name)
-        return node if node is not None and node.opened else None
+        return node if node is not None and node.opened and not node.check_only else None
 
     def find(self, name: str) -> Node:
         """The node `name`. Raises Error."""
@@ -114,8 +115,9 @@ class Graph:
         self.nodes[node.name] = node
         return node
 
-    async def _open(self, options: BlockdevOptions, parent: Node | None, role: int) -> Node:
-        """Open a node; `parent` and `role`: whose inline child it is, to inherit options from."""
+    async def _open(self, options: BlockdevOptions, parent: Node | None, role: int, check_only: bool = False) -> Node:
+        """Open a node; `parent` and `role`: whose inline child it is, to inherit options from; `check_only`: see
+        `opened_for_check`."""
         if self._depth >= _DEEPEST:
             raise Error("Backing chain is too long, or has a loop")
         if options.node_name is not None:
@@ -126,6 +128,8 @@ class Graph:
         driver_class = registry.driver_class(str(options.__struct_config__.tag))
         node = Node(self, options.node_name or self._make_name(), driver_class, options)
         apply_options(node, options, parent, role)
+        if check_only:
+            node.check_only = node.read_only = True
         self.nodes[node.name] = node
         self._depth += 1
         if trace.BDRV_OPEN_COMMON.enabled:
@@ -160,6 +164,18 @@ class Graph:
             yield self.find(ref)
             return
         node = await self._open(ref, None, 0)
+        try:
+            yield node
+        finally:
+            await self.unref(node)
+
+    @asynccontextmanager
+    async def opened_for_check(self, options: BlockdevOptions, repairs: bool) -> AsyncIterator[Node]:
+        """A node for this block only, on which nothing but `Driver.check` is called: images open that do not otherwise.
+        The node itself is read-only; with `repairs` what is below it may be written to. Raises Error, OSError."""
+        if not repairs and options.read_only is None:
+            options.read_only = True
+        node = await self._open(options, None, 0, check_only=True)
         try:
             yield node
         finally:
@@ -394,7 +410,9 @@ def apply_options(node: Node, options: BlockdevOptions, parent: Node | None, rol
             read_only = True if read_only is None else read_only
             auto_read_only = False if auto_read_only is None else auto_read_only
         else:
-            read_only = parent.read_only if read_only is None else read_only
+            # A repair writes below a node that is read-only itself.
+            inherited = bool(parent.options.read_only) if parent.check_only else parent.read_only
+            read_only = inherited if read_only is None else read_only
             auto_read_only = parent.auto_read_only if auto_read_only is None else auto_read_only
     node.cache_direct = bool(direct)
     node.no_flush = bool(no_flush)

@@ -80,6 +80,8 @@ class Node:
         self.job_owned = False
         #: A filter that a job has put here without a name from the user, who is told of its child instead.
         self.implicit = False
+        #: It is open only to be checked: nobody else finds it, and what a check can deal with may be broken.
+        self.check_only = False
         # Effective options; `Graph` sets them before the driver is opened.
         self.read_only = False
         self.auto_read_only = False

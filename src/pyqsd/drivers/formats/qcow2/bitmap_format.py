@@ -10,6 +10,7 @@ import errno
 import operator
 import struct
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 
@@ -22,6 +23,7 @@ FLAG_IN_USE = 1 << 0
 FLAG_AUTO = 1 << 1
 _FLAGS_KNOWN = FLAG_IN_USE | FLAG_AUTO
 _TYPE_DIRTY = 1
+_BROKEN = "Broken bitmap directory"
 
 MIN_GRANULARITY_BITS = 9
 MAX_GRANULARITY_BITS = 31
@@ -75,28 +77,51 @@ def data_clusters(disk_size: int, granularity_bits: int, cluster_size: int) -> i
 def decode_directory(data: bytes | bytearray, count: int, cluster_size: int, disk_size: int) -> list[StoredBitmap]:
     """The `count` bitmaps of a directory. Raises Error."""
     found: list[StoredBitmap] = []
+    for one in _entries(data, cluster_size, disk_size):
+        if isinstance(one, Error) and one.desc == _BROKEN:
+            raise one
+        if len(found) == count:
+            raise Error("More bitmaps found than specified in header extension", errno.EINVAL)
+        if isinstance(one, Error):
+            raise one
+        found.append(one)
+    if len(found) != count:
+        raise Error("Less bitmaps found than specified in header extension", errno.EINVAL)
+    return found
+
+
+def salvage_directory(data: bytes | bytearray, cluster_size: int, disk_size: int) -> list[StoredBitmap]:
+    """What a broken directory has of bitmaps that nothing is wrong with, as far as it says."""
+    found: dict[str, StoredBitmap] = {}
+    for one in _entries(data, cluster_size, disk_size):
+        if not isinstance(one, Error):
+            # Two of the same name do not open.
+            found.setdefault(headers.shown(one.name), one)
+    return list(found.values())
+
+
+def _entries(data: bytes | bytearray, cluster_size: int, disk_size: int) -> Iterator[StoredBitmap | Error]:
+    """Each entry of a directory, or what is wrong with it: `_BROKEN`, if nobody knows where the next one is."""
     at = 0
     while at < len(data):
         if len(data) - at < _ENTRY.size:
-            raise Error("Broken bitmap directory", errno.EINVAL)
+            yield Error(_BROKEN, errno.EINVAL)
+            return
         offset, entries, flags, kind, granularity_bits, name_size, extra = _ENTRY.unpack_from(data, at)
         size = _ENTRY.size + extra + name_size
         padded = -(-size // 8) * 8
         if padded > len(data) - at:
-            raise Error("Broken bitmap directory", errno.EINVAL)
-        if len(found) == count:
-            raise Error("More bitmaps found than specified in header extension", errno.EINVAL)
-        if extra:
-            raise Error("Bitmap extra data is not supported", errno.EINVAL)
-        name = headers.os_decode(bytes(data[at + _ENTRY.size : at + size]))
+            yield Error(_BROKEN, errno.EINVAL)
+            return
+        name = headers.os_decode(bytes(data[at + _ENTRY.size + extra : at + size]))
         one = StoredBitmap(name, granularity_bits, offset, entries, flags)
-        if kind != _TYPE_DIRTY or name_size > MAX_NAME_BYTES or not _plausible(one, cluster_size, disk_size):
-            raise Error(f"Bitmap '{headers.shown(name)}' doesn't satisfy the constraints", errno.EINVAL)
-        found.append(one)
+        if extra:
+            yield Error("Bitmap extra data is not supported", errno.EINVAL)
+        elif kind != _TYPE_DIRTY or name_size > MAX_NAME_BYTES or not _plausible(one, cluster_size, disk_size):
+            yield Error(f"Bitmap '{headers.shown(name)}' doesn't satisfy the constraints", errno.EINVAL)
+        else:
+            yield one
         at += padded
-    if len(found) != count:
-        raise Error("Less bitmaps found than specified in header extension", errno.EINVAL)
-    return found
 
 
 def _plausible(one: StoredBitmap, cluster_size: int, disk_size: int) -> bool:

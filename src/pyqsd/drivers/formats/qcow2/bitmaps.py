@@ -123,15 +123,16 @@ async def mark_in_use(image: Image) -> None:
     image.bitmaps = marked
 
 
-async def _switch(image: Image, directory: list[StoredBitmap]) -> None:
-    """Write a directory to a new place and make it the valid one. Raises OSError, Error."""
+async def switch(image: Image, directory: list[StoredBitmap], above: int | None = None) -> None:
+    """Write a directory to a new place and make it the valid one. `above`: the first cluster that may be used for it,
+    where the clusters of the old one, which may be anything, are left as they are. Raises OSError, Error."""
     header, bits = image.header, image.cluster_bits
     old = header.bitmaps
     first = clusters = 0
     data = fmt.encode_directory(directory)
     if directory:
         clusters = (len(data) + image.cluster_mask) >> bits
-        first, _ = await image.refcounts.allocate(clusters, contiguous=True)
+        first, _ = await image.refcounts.allocate(clusters, contiguous=True, floor=above or 0)
     try:
         if directory:
             await image.file.pwrite(first << bits, data.ljust(clusters << bits, b"\0"))
@@ -148,7 +149,7 @@ async def _switch(image: Image, directory: list[StoredBitmap]) -> None:
         raise
     if clusters:
         image.meta.add("bitmap_directory", first, clusters)
-    if old is not None:
+    if old is not None and above is None:
         old_first = old.directory_offset >> bits
         old_clusters = (old.directory_size + image.cluster_mask) >> bits
         image.meta.remove("bitmap_directory", old_first, old_clusters)
@@ -182,7 +183,7 @@ async def remove(image: Image, name: str) -> None:
         return
     try:
         runs = await _tables_of(image, gone)
-        await _switch(image, [one for one in image.bitmaps if one not in gone])
+        await switch(image, [one for one in image.bitmaps if one not in gone])
         for first, count in runs:
             image.free_later(first, count, "other")
         await image.writeback.run(refcounts=True)
@@ -260,7 +261,7 @@ async def store(image: Image, node: Node) -> list[DirtyBitmap]:
             directory.append(await _write(image, bitmap.name, bitmap.with_successor(), written))
         try:
             gone = await _tables_of(image, replaced)
-            await _switch(image, directory)
+            await switch(image, directory)
         except OSError as exc:
             raise from_oserror(exc, "Failed to update bitmap extension") from exc
     except BaseException:

@@ -109,7 +109,9 @@ class Qcow2(Operations):
         file = (await self.node.open_child("file", self.options.file, ROLE_IMAGE)).node
         try:
             await self._load(file)
-            await self._open_backing()
+            if self.options.backing is not None or not self.node.check_only:
+                # What the image names may be missing, and is not needed for a check.
+                await self._open_backing()
         except BaseException:
             self._forget_key()
             raise
@@ -123,12 +125,13 @@ class Qcow2(Operations):
         image = await opening.open_image(node, file, header, self.options, data_file)
         if self.options.x_snapshot is not None:
             await self._show_snapshot(image, self.options.x_snapshot)
-        if image.encrypted:
+        if image.encrypted and (self.options.encrypt is not None or not node.check_only):
             if self._encryption is None:
                 self._encryption = await opening.open_encryption(image, self.options)
             else:
                 await self._encryption.reload(image)
-        image.bitmaps = await opening.read_bitmaps(image)
+        if not node.check_only:
+            image.bitmaps = await opening.read_bitmaps(image)
         self._adopt(image)
         self._ready = self._repaired = False
         self._preallocated = None

@@ -87,7 +87,8 @@ class BitmapsExtension:
 class Header:
     """A decoded header. `extensions` keeps every extension in its order, also those that nobody here knows, so that
     they survive a rewrite; `unknown_fields` are the bytes of the header beyond the fields known here. `bitmaps` is what
-    the bitmaps extension says, None if there is none or it is not valid; a rewrite goes by it alone."""
+    the bitmaps extension says, None if there is none or it is not valid; a rewrite goes by it alone. `bitmaps_error`:
+    what is wrong with it, in a header that was decoded to be checked."""
 
     version: int
     backing_offset: int
@@ -111,6 +112,7 @@ class Header:
     extensions: list[tuple[int, bytes]] = field(default_factory=list)
     backing_file: str | None = None
     bitmaps: BitmapsExtension | None = None
+    bitmaps_error: str | None = None
 
     @property
     def cluster_size(self) -> int:
@@ -164,9 +166,10 @@ def probe(buf: bytes) -> int:
     return 100 if len(buf) >= 8 and buf[:4] == MAGIC and int.from_bytes(buf[4:8], "big") in (2, 3) else 0
 
 
-def decode(first: bytes | bytearray) -> Header:
+def decode(first: bytes | bytearray, check_only: bool = False) -> Header:
     """Decode and check the fixed fields of the header from the first bytes of the image (at least the first cluster,
-    as far as the file has it). Raises Error.
+    as far as the file has it). With `check_only` it may say that there is no refcount table, or too many snapshots: a
+    check deals with these. Raises Error.
 
     Extensions and the backing file name are decoded by `decode_extensions` and `decode_backing_file`.
     """
@@ -241,7 +244,7 @@ def decode(first: bytes | bytearray) -> Header:
     if header.crypt_method > CRYPT_LUKS:
         method = header.crypt_method - (header.crypt_method >> 31 << 32)
         raise Error(f"Unsupported encryption method {method}", errno.EINVAL)
-    _check_tables(header)
+    _check_tables(header, check_only)
     return header
 
 
@@ -275,8 +278,8 @@ def l1_entries_for(header: Header, size: int) -> int:
     return ((size + (1 << shift) - 1) & ((1 << 64) - 1)) >> shift
 
 
-def _check_tables(header: Header) -> None:
-    if header.reftable_clusters == 0:
+def _check_tables(header: Header, check_only: bool) -> None:
+    if header.reftable_clusters == 0 and not check_only:
         raise Error("Image does not contain a reference count table", errno.EINVAL)
     check_table(
         header,
@@ -289,7 +292,7 @@ def _check_tables(header: Header) -> None:
     check_table(
         header,
         header.snapshots_offset,
-        header.nb_snapshots,
+        min(header.nb_snapshots, MAX_SNAPSHOTS) if check_only else header.nb_snapshots,
         SNAPSHOT_HEADER_BYTES,
         SNAPSHOT_HEADER_BYTES * MAX_SNAPSHOTS,
         "Snapshot table",
@@ -344,11 +347,12 @@ def _feature_names(header: Header, first: bytes, unknown: int) -> str:
     return ", ".join(names)
 
 
-def decode_extensions(header: Header, first: bytes | bytearray) -> None:
-    """Fill in `header.extensions` and `header.bitmaps` from the first cluster. Raises Error."""
+def decode_extensions(header: Header, first: bytes | bytearray, check_only: bool = False) -> None:
+    """Fill in `header.extensions` and `header.bitmaps` from the first cluster; with `check_only` what is wrong with the
+    latter is no error, but `header.bitmaps_error`. Raises Error."""
     start, end = _extension_area(header)
     header.extensions = []
-    header.bitmaps = None
+    header.bitmaps = header.bitmaps_error = None
     # What is wrong with one is said before the next one is looked at.
     for magic, data in _walk(bytes(first), start, end):
         header.extensions.append((magic, data))
@@ -366,7 +370,13 @@ def decode_extensions(header: Header, first: bytes | bytearray) -> None:
                     errno.EINVAL,
                 )
         if magic == EXT_BITMAPS:
-            _decode_bitmaps(header, data)
+            try:
+                _decode_bitmaps(header, data)
+                header.bitmaps_error = None
+            except Error as exc:
+                if not check_only:
+                    raise
+                header.bitmaps, header.bitmaps_error = None, exc.desc
     if header.crypt_method == CRYPT_LUKS and header.extension(EXT_CRYPTO) is None:
         raise Error(f"Missing CRYPTO header for crypt method {header.crypt_method}", errno.EINVAL)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pyqsd.block.events import BlockImageCorrupted
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.overlap import MetadataMap
+from pyqsd.drivers.formats.qcow2.snapshots import Surplus
 from pyqsd.drivers.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from pyqsd.qapi.errors import Error
 
@@ -66,6 +67,8 @@ class Image:
         self.unit_size = 1 << self.unit_bits
         self.meta = MetadataMap(settings.overlap)
         self.snapshots: list[Snapshot] = []
+        #: What was left out of `snapshots`, as it is too much.
+        self.surplus = Surplus()
         #: The bitmap directory, as it is on disk.
         self.bitmaps: list[StoredBitmap] = []
         #: Written since the last flush of `file`: something that must be durable before L2 entries that rely on it.

@@ -39,11 +39,11 @@ async def read_header(node: Node, file: Node, options: Options) -> headers.Heade
             first = await file.pread(0, 1 << bits)
     except OSError as exc:
         raise Error("Could not read qcow2 header", exc.errno or errno.EIO) from exc
-    header = headers.decode(first)
+    header = headers.decode(first, node.check_only)
     if header.incompatible & headers.INCOMPAT_CORRUPT and not node.read_only:
         raise Error("qcow2: Image is corrupt; cannot be opened read/write", errno.EACCES)
     check_encryption(header, options)
-    headers.decode_extensions(header, first)
+    headers.decode_extensions(header, first, node.check_only)
     headers.decode_backing_file(header, first)
     return header
 
@@ -106,7 +106,7 @@ async def open_image(node: Node, file: Node, header: headers.Header, options: Op
     except OSError as exc:
         raise Error("Could not initialize refcount handling", exc.errno or errno.EIO) from exc
     try:
-        image.snapshots = await read_snapshots(file, header)
+        image.snapshots = await read_snapshots(file, header, image.surplus if node.check_only else None)
     except OSError as exc:
         raise Error("Failed to read snapshot table", exc.errno or errno.EIO) from exc
     image.meta = await metadata_map(image, image.settings.overlap)
@@ -121,23 +121,48 @@ async def open_encryption(image: Image, options: Options) -> Encryption:
     return await encryption.open_encryption(image, secret)
 
 
-async def read_snapshots(file: Node, header: headers.Header) -> list[snapshots.Snapshot]:
-    """Read the snapshot table. Raises OSError, Error."""
-    found = []
-    at = header.snapshots_offset
-    for index in range(header.nb_snapshots):
-        head = await file.pread(at, snapshots.header_bytes())
-        if snapshots.extra_bytes(head) > snapshots.MAX_EXTRA_BYTES:
-            snapshots.decode(head, index)
-        size = snapshots.entry_bytes(head)
-        if at + size - header.snapshots_offset > snapshots.MAX_TABLE_BYTES:
-            raise Error(
-                "Snapshot table is too big",
-                errno.EFBIG,
-                f"You can force-remove all {header.nb_snapshots - index} overhanging snapshots with qemu-img check -r "
-                "all",
+async def read_snapshots(
+    file: Node, header: headers.Header, surplus: snapshots.Surplus | None = None
+) -> list[snapshots.Snapshot]:
+    """Read the snapshot table. What is too much in it is an error, or with `surplus` left out and noted there. Raises
+    OSError, Error."""
+    found: list[snapshots.Snapshot] = []
+    start = at = header.snapshots_offset
+    count, total = header.nb_snapshots, 0
+
+    def note(error: Error, extra: int = 0, overhanging: int = 0) -> None:
+        if surplus is None:
+            raise error
+        surplus.error = surplus.error or error
+        surplus.extra += extra
+        surplus.overhanging += overhanging
+
+    if count > headers.MAX_SNAPSHOTS:
+        overhanging = count - headers.MAX_SNAPSHOTS
+        note(snapshots.too_many("Snapshot table too large", overhanging), overhanging=overhanging)
+        count = headers.MAX_SNAPSHOTS
+    for index in range(count):
+        head = bytes(await file.pread(at, snapshots.header_bytes()))
+        extra = snapshots.extra_bytes(head)
+        size = kept = snapshots.entry_bytes(head)
+        if extra > snapshots.MAX_EXTRA_BYTES:
+            note(snapshots.too_much_extra(index), extra=1)
+            head = snapshots.cut(head)
+            kept = snapshots.entry_bytes(head)
+        total += kept
+        if total > snapshots.MAX_TABLE_BYTES or at + size - start > snapshots.MAX_SPAN_BYTES:
+            overhanging = count - index
+            note(snapshots.too_many("Snapshot table is too big", overhanging), overhanging=overhanging)
+            break
+        if extra > snapshots.MAX_EXTRA_BYTES:
+            head += await file.pread(at + len(head), snapshots.MAX_EXTRA_BYTES)
+            one = snapshots.decode(
+                head + await file.pread(at + len(head) - snapshots.MAX_EXTRA_BYTES + extra, kept - len(head)), index
             )
-        found.append(snapshots.decode(await file.pread(at, size), index))
+        else:
+            one = snapshots.decode(await file.pread(at, size), index)
+        one.entry_size = size
+        found.append(one)
         at += size
     return found
 
@@ -160,6 +185,9 @@ async def metadata_map(image: Image, overlap: frozenset[str]) -> MetadataMap:
     meta.add_many("refcount_block", _clusters(image.refcounts.table, REFTABLE_MASK, bits))
     if image.snapshots:
         size = snapshots.table_bytes(image.snapshots)
+        if image.node.check_only:
+            # It may pretend to be huge.
+            size = min(size, max(0, image.file.length - header.snapshots_offset))
         meta.add("snapshot_table", header.snapshots_offset >> bits, (size + mask) >> bits)
     for one in image.snapshots:
         if one.l1_offset & mask or one.l1_size > headers.MAX_L1_BYTES // 8:

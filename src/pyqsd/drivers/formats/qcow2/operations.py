@@ -74,6 +74,10 @@ class Operations(Driver):
         image.check_usable()
         if self.options.x_snapshot is not None:
             raise Error("A node that shows an internal snapshot cannot be checked", errno.ENOTSUP)
+        surplus = image.surplus.error
+        if surplus is not None and repair != "all":
+            # What the snapshots that were left out have only looks leaked.
+            raise Error(f'Check failed: {surplus.desc}; "all" repairs that', errno.EFBIG)
         async with image.operation_lock:
             await self._complete()
             if repair == "none":

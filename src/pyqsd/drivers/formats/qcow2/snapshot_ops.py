@@ -222,12 +222,13 @@ async def _write_active_l1(image: Image, table: array[int]) -> None:
         await image.file.pwrite(image.header.l1_offset, data.tobytes())
 
 
-async def replace_table(image: Image, table: list[Snapshot]) -> None:
-    """Write a snapshot table to a new place, and make it the valid one. Raises OSError, Error."""
+async def replace_table(image: Image, table: list[Snapshot], above: int | None = None) -> None:
+    """Write a snapshot table to a new place, and make it the valid one. `above`: the first cluster that may be used for
+    it, where the clusters of the old one, which may be anything, are left as they are. Raises OSError, Error."""
     header, bits = image.header, image.cluster_bits
     old_first = header.snapshots_offset >> bits
     old_clusters = 0
-    if image.snapshots:
+    if image.snapshots and above is None:
         old_clusters = (snapshots.table_bytes(image.snapshots) + image.cluster_mask) >> bits
     first = clusters = 0
     # Copies, because their sizes on disk may change.
@@ -235,7 +236,7 @@ async def replace_table(image: Image, table: list[Snapshot]) -> None:
     if table:
         data = snapshots.encode_table(table, header.size)
         clusters = (len(data) + image.cluster_mask) >> bits
-        first, _ = await image.refcounts.allocate(clusters, contiguous=True)
+        first, _ = await image.refcounts.allocate(clusters, contiguous=True, floor=above or 0)
     try:
         if table:
             await image.file.pwrite(first << bits, data.ljust(clusters << bits, b"\0"))

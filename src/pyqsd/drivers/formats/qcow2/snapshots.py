@@ -17,6 +17,18 @@ _EXTRA = struct.Struct(">QQq")
 #: QEMU's limits.
 MAX_TABLE_BYTES = 1024 * 65536
 MAX_EXTRA_BYTES = 1024
+#: And that of what a table takes on disk with extra data that is to be cut.
+MAX_SPAN_BYTES = (1 << 31) - 1
+
+
+@dataclass
+class Surplus:
+    """What a snapshot table has beyond what it may have, so that only a repair opens it. `error`: what an ordinary open
+    says, `extra`: entries whose extra data is to be cut, `overhanging`: entries that are to go, the last ones."""
+
+    error: Error | None = None
+    extra: int = 0
+    overhanging: int = 0
 
 
 @dataclass
@@ -55,15 +67,32 @@ def extra_bytes(head: bytes | bytearray) -> int:
     return int(_ENTRY.unpack_from(head)[8])
 
 
+def cut(head: bytes | bytearray) -> bytes:
+    """The beginning of an entry, but with only as much extra data as there may be."""
+    return bytes(head[:36]) + MAX_EXTRA_BYTES.to_bytes(4, "big")
+
+
+def too_much_extra(index: int) -> Error:
+    """What is said of the entry `index` with more extra data than there may be."""
+    return Error(
+        f"Too much extra metadata in snapshot table entry {index}",
+        errno.EINVAL,
+        "You can force-remove this extra metadata with qemu-img check -r all",
+    )
+
+
+def too_many(what: str, overhanging: int) -> Error:
+    """What is said of a table whose last entries are too much; `what` is."""
+    return Error(
+        what, errno.EFBIG, f"You can force-remove all {overhanging} overhanging snapshots with qemu-img check -r all"
+    )
+
+
 def decode(data: bytes | bytearray, index: int) -> Snapshot:
     """Decode one entry. `index` is only for messages. Raises Error."""
     l1_offset, l1_size, id_size, name_size, sec, nsec, clock, state32, extra = _ENTRY.unpack_from(data)
     if extra > MAX_EXTRA_BYTES:
-        raise Error(
-            f"Too much extra metadata in snapshot table entry {index}",
-            errno.EINVAL,
-            "You can force-remove this extra metadata with qemu-img check -r all",
-        )
+        raise too_much_extra(index)
     at = _ENTRY.size
     more = bytes(data[at : at + extra])
     vm_state = int.from_bytes(more[0:8], "big") if extra >= 8 else state32

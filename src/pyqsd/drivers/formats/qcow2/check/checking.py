@@ -22,6 +22,8 @@ def start(image: Image) -> CheckResult:
         raise OSError(errno.EFBIG, "File too large")
     result = CheckResult()
     result.total_clusters = ((image.header.size & ~511) + image.cluster_mask) >> image.cluster_bits
+    result.corrupt("entries of the snapshot table with too much extra data", image.surplus.extra)
+    result.corrupt("overhanging snapshots", image.surplus.overhanging)
     result.corrupt("incomplete entries of the snapshot table", incomplete_snapshots(image))
     return result
 
@@ -33,6 +35,11 @@ def incomplete_snapshots(image: Image) -> int:
 
 async def check(image: Image) -> CheckResult:
     """Look at an image, everything of which must be on disk. Raises OSError, Error."""
+    return (await looked_at(image)).result
+
+
+async def looked_at(image: Image) -> Walk:
+    """The same, with all that was counted. Raises OSError, Error."""
     result = start(image)
     walk = Walk(image, result)
     await walk.everything()
@@ -42,4 +49,4 @@ async def check(image: Image) -> CheckResult:
     last = await compare(walk, disk)
     await count_wrong_flags(walk, disk)
     result.image_end_offset = (last + 1) << image.cluster_bits
-    return result
+    return walk

@@ -25,9 +25,11 @@ from pyqsd.drivers.formats.qcow2.check.arrays import (
 )
 from pyqsd.drivers.formats.qcow2.check.references import References
 from pyqsd.drivers.formats.qcow2.tables import OFFSET_MASK, ZERO
+from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
     from pyqsd.block.image_check import CheckResult
+    from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
     from pyqsd.drivers.formats.qcow2.image import Image
 
 #: Bits of an L1 entry that must be zero.
@@ -44,11 +46,13 @@ _UNALIGNED_TABLE = "L2 tables that are not aligned to clusters"
 _UNALIGNED = "clusters that are not aligned"
 _SNAPSHOT = "L1 tables of snapshots where none can be"
 _BITMAP = "invalid entries in tables of bitmaps"
+_MISFIT = "bitmaps that do not fit the disk"
+BROKEN_BITMAPS = "broken bitmap directories"
 TOO_LOW = "clusters with a refcount that is too low"
 FLAGS_L1 = "wrong flags COPIED in the L1 table"
 FLAGS_L2 = "wrong flags COPIED in L2 tables"
 #: With these, not everything could be counted.
-NOT_COUNTED = (_BEYOND, _OVERFLOW, _UNALIGNED_TABLE, _UNALIGNED, _SNAPSHOT, _BITMAP)
+NOT_COUNTED = (_BEYOND, _OVERFLOW, _UNALIGNED_TABLE, _UNALIGNED, _SNAPSHOT, _BITMAP, _MISFIT, BROKEN_BITMAPS)
 
 
 class Walk:
@@ -58,7 +62,7 @@ class Walk:
     does, plain), where `plain` is where the clusters of a table begin if it is an unbroken run (see `l2.plain_runs`),
     else -1. `rebuild`: the refcount structures are so broken that they must be made anew. `fixable`: the tables, as
     (offset, how often L1 tables refer to it), with entries that can be put right; with `fix`, the offsets of some, that
-    is done on the way.
+    is done on the way. `bitmaps`: those that are sound, where others are not, or the directory is not; else None.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class Walk:
         )
         self.active: list[tuple[Ints, Ints, Ints, Ints]] = []
         self.fixable: list[tuple[int, int]] = []
+        self.bitmaps: list[StoredBitmap] | None = None
         self.broken = False
         self.missing = False
         self._fix = fix
@@ -241,19 +246,41 @@ class Walk:
 
     async def _bitmaps(self) -> None:
         """QEMU docs/interop/qcow2, section "Bitmaps"."""
-        directory = self.image.header.bitmaps
+        header = self.image.header
+        directory = header.bitmaps
         if directory is None:
+            if header.bitmaps_error is not None:
+                self.result.corrupt(BROKEN_BITMAPS)
+                self.bitmaps = []
             return
         references = self.references
         references.add_bytes(directory.directory_offset, directory.directory_size)
         data = await self.file.pread(directory.directory_offset, directory.directory_size)
-        disk_size = self.image.node.length
-        for one in bitmap_format.decode_directory(data, directory.count, self.layout.size, disk_size):
-            references.add_bytes(one.table_offset, one.table_entries * 8)
-            for start in range(0, one.table_entries, BATCH_BYTES >> 3):
-                n = min(one.table_entries - start, BATCH_BYTES >> 3)
-                entries = await read_entries(self.file, one.table_offset + start * 8, n)
-                await worked(n * 8, self._bitmap_entries, entries)
+        disk_size = header.size & ~511
+        found = bitmap_format.salvage_directory(data, self.layout.size, disk_size)
+        try:
+            whole = found == bitmap_format.decode_directory(data, directory.count, self.layout.size, disk_size)
+        except Error:
+            whole = False
+        if not whole:
+            self.result.corrupt(BROKEN_BITMAPS)
+        sound = [one for one in found if await self._bitmap(one)]
+        if not whole or len(sound) < len(found):
+            self.bitmaps = sound
+
+    async def _bitmap(self, one: StoredBitmap) -> bool:
+        """Count what a bitmap has. Returns whether nothing is wrong with it."""
+        references, result = self.references, self.result
+        before = references.beyond, result.corruptions
+        references.add_bytes(one.table_offset, one.table_entries * 8)
+        for start in range(0, one.table_entries, BATCH_BYTES >> 3):
+            n = min(one.table_entries - start, BATCH_BYTES >> 3)
+            entries = await read_entries(self.file, one.table_offset + start * 8, n)
+            await worked(n * 8, self._bitmap_entries, entries)
+        wanted = bitmap_format.data_clusters(self.image.header.size & ~511, one.granularity_bits, self.layout.size)
+        # The disk may have been resized since one that is in use was stored.
+        result.corrupt(_MISFIT, not one.in_use and one.table_entries != wanted)
+        return before == (references.beyond, result.corruptions)
 
     def _bitmap_entries(self, entries: Ints) -> None:
         host = entries & OFFSET_MASK

@@ -5,8 +5,10 @@ What is on disk is put right in an order in which a crash leaves the image no wo
 1. L2 entries that say something twice, of which one part is harmless;
 2. refcounts, in place if the blocks are sound, else as new structures (see `rebuilding`); flush;
 3. the flags COPIED ("the refcount is exactly one") of the active tables, by the refcounts that are on disk now; flush;
-4. the snapshot table is written anew, elsewhere, if some of its entries are incomplete;
-5. the marks "dirty" and "corrupt" go, if nothing is wrong any more.
+4. the snapshot table is written anew, behind everything else, if some of its entries are incomplete or too much, and
+   so is the directory of bitmaps, without those that are broken; the header switches over to them;
+5. the refcounts of what was there before go down;
+6. the marks "dirty" and "corrupt" go, if nothing is wrong any more.
 """
 
 from __future__ import annotations
@@ -18,11 +20,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pyqsd.block.image_check import CheckResult
+from pyqsd.drivers.formats.qcow2 import bitmap_format, bitmaps, opening, snapshot_ops, snapshots
 from pyqsd.drivers.formats.qcow2 import header as headers
-from pyqsd.drivers.formats.qcow2 import opening, snapshot_ops
 from pyqsd.drivers.formats.qcow2.check import counting, l2
 from pyqsd.drivers.formats.qcow2.check.arrays import encode_counts, read_entries, worked
-from pyqsd.drivers.formats.qcow2.check.checking import check, incomplete_snapshots, start
+from pyqsd.drivers.formats.qcow2.check.checking import incomplete_snapshots, looked_at, start
 from pyqsd.drivers.formats.qcow2.check.comparing import DiskCounts, compare, windows, wrong_flags
 from pyqsd.drivers.formats.qcow2.check.counting import Walk
 from pyqsd.drivers.formats.qcow2.check.rebuilding import rebuild
@@ -45,6 +47,20 @@ _ROUNDS = 3
 async def check_and_repair(image: Image, everything: bool) -> CheckResult:
     """Repair what can be repaired (`everything`), or leaked clusters only, of an image that nobody else uses and of
     which everything is on disk; and say what is left. Raises OSError, Error."""
+    before, walk = await _settled(image, everything)
+    if everything and await _replace_tables(image, walk):
+        # What was there before has leaked.
+        _, walk = await _settled(image, everything)
+    result = walk.result
+    result.corruptions_fixed = max(0, before.corruptions - result.corruptions)
+    result.leaks_fixed = max(0, before.leaks - result.leaks)
+    if not result.corruptions and not result.check_errors:
+        await _mark_sound(image)
+    return result
+
+
+async def _settled(image: Image, everything: bool) -> tuple[CheckResult, Walk]:
+    """Make refcounts and flags right. Returns what was found before, and what is left. Raises OSError, Error."""
     before = None
     for _ in range(_ROUNDS):
         try:
@@ -52,24 +68,43 @@ async def check_and_repair(image: Image, everything: bool) -> CheckResult:
         finally:
             await reload(image)
         before = before or found
-        result = await check(image)
+        walk = await looked_at(image)
         # New structures make the file longer, and what was beyond its end may be inside now.
-        if not result.leaks and not (everything and result.findings[counting.TOO_LOW]):
+        if not walk.result.leaks and not (everything and walk.result.findings[counting.TOO_LOW]):
             break
     assert before is not None
-    if everything and incomplete_snapshots(image) and not result.findings[counting.TOO_LOW] and not result.check_errors:
-        # Refcounts are right, so that there is a place for a new table.
-        size = image.header.size
-        table = [one if one.disk_size is not None else replace(one, disk_size=size) for one in image.snapshots]
-        await snapshot_ops.replace_table(image, table)
-        while image.writeback.needed:
-            await image.writeback.run(refcounts=True)
-        result = await check(image)
-    result.corruptions_fixed = max(0, before.corruptions - result.corruptions)
-    result.leaks_fixed = max(0, before.leaks - result.leaks)
-    if not result.corruptions and not result.check_errors:
-        await _mark_sound(image)
-    return result
+    return before, walk
+
+
+async def _replace_tables(image: Image, walk: Walk) -> bool:
+    """Write new tables of snapshots and bitmaps where something is wrong with the old ones. Returns whether there was.
+
+    They go where nothing is and nothing leads to, also not the old tables, which may pretend to be long: after a crash
+    before the header switches over, they are found as they were. Raises OSError, Error.
+    """
+    result, size = walk.result, image.header.size
+    if result.check_errors or result.findings[counting.TOO_LOW]:
+        # Only with right refcounts there is a place for new tables.
+        return False
+    table = [one if one.disk_size is not None else replace(one, disk_size=size) for one in image.snapshots]
+    new_table = bool(image.surplus.error or incomplete_snapshots(image))
+    # An extension that is not valid any more goes, too.
+    stale = image.header.bitmaps is None and image.header.extension(headers.EXT_BITMAPS) is not None
+    new_directory = image.node.check_only and (stale or walk.bitmaps is not None)
+    if not new_table and not new_directory:
+        return False
+    wanted = (snapshots.MAX_TABLE_BYTES + bitmap_format.MAX_DIRECTORY_BYTES) >> image.cluster_bits
+    end = (image.file.length + image.cluster_mask) >> image.cluster_bits
+    above = walk.references.undangled(max(end, walk.references.last() + 1), wanted)
+    if new_table:
+        await snapshot_ops.replace_table(image, table, above)
+        image.surplus = snapshots.Surplus()
+    if new_directory:
+        await bitmaps.switch(image, walk.bitmaps or [], above)
+        image.header.bitmaps_error = None
+    while image.writeback.needed:
+        await image.writeback.run(refcounts=True)
+    return True
 
 
 async def repair_dirty(image: Image) -> None:
@@ -146,6 +181,9 @@ async def repair(image: Image, everything: bool, strict: bool) -> CheckResult:
         if sound:
             walk = await _counted(image, frozenset(sound))
     result = walk.result
+    if result.findings[counting.BROKEN_BITMAPS] and not (everything and image.node.check_only):
+        # What the bitmaps have only looks leaked.
+        raise Error('The directory of bitmaps is broken: only "all" of the image can be repaired', errno.EIO)
     if strict:
         for what in counting.NOT_COUNTED:
             if result.findings[what]:
