@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 
 import pytest
+from hypothesis import settings
 
 # In continuous integration a missing peer program always fails (tests/support/peers.py).
 if os.environ.get("CI") == "true":
     os.environ.pop("PYQSD_TESTS_SKIP_MISSING", None)
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("busy", settings.default, deadline=None)
+settings.load_profile("busy")
 
 # What only makes sense in one process, or picks a few tests, for which starting several processes takes longer.
 SERIAL_OPTIONS = ("collectonly", "usepdb", "trace", "keyword", "markexpr", "lf", "failedfirst", "stepwise")

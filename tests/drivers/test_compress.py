@@ -45,7 +45,7 @@ def text(rnd: random.Random, length: int) -> bytes:
     if rnd.random() < 0.2:
         return rnd.randbytes(length)
     words = [rnd.randbytes(rnd.randrange(2, 9)) for _ in range(60)]
-    return b"".join(rnd.choice(words) for _ in range(length // 2 + 1))[:length]
+    return b"".join(rnd.choices(words, k=length // 2 + 1))[:length]
 
 
 async def filtered(path: Path) -> Node:

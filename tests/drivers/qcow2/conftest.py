@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from tests.crypto.conftest import short_measurement
 from tests.drivers.qcow2 import mangled
+
+__all__ = ["short_measurement", "sound"]
 
 
 @pytest.fixture(scope="session")

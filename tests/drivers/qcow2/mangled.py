@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import random
 import struct
+import sys
+from array import array
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.support import images, peers
@@ -51,8 +54,15 @@ class Layout:
     """Where the metadata of a sound image is: offsets of 64-bit entries, by kind."""
 
     def __init__(self, data: bytes) -> None:
+        def u64s(offset: int, count: int) -> array[int]:
+            """Entries; 0 where the file ends before them."""
+            found = array("Q", data[offset : offset + 8 * count].ljust(8 * count, b"\0"))
+            if sys.byteorder == "little":
+                found.byteswap()
+            return found
+
         def u64(offset: int) -> int:
-            return int(struct.unpack_from(">Q", data, offset)[0]) if offset + 8 <= len(data) else 0
+            return u64s(offset, 1)[0]
 
         def u32(offset: int) -> int:
             return int(struct.unpack_from(">I", data, offset)[0])
@@ -63,12 +73,13 @@ class Layout:
         self.l1: list[int] = []
         self.l2: list[int] = []
         self.bitmaps: list[int] = []
-        self.reftable = [u64(48) + 8 * index for index in range(u32(56) * self.size // 8) if u64(u64(48) + 8 * index)]
-        self.blocks = [u64(at) for at in self.reftable]
-        self._tables(u64, u64(40), u32(36), extended)
+        reftable = u64s(u64(48), u32(56) * self.size // 8)
+        self.reftable = [u64(48) + 8 * index for index, entry in enumerate(reftable) if entry]
+        self.blocks = [entry for entry in reftable if entry]
+        self._tables(u64s, u64(40), u32(36), extended)
         at = u64(64)
         for _ in range(u32(60)):
-            self._tables(u64, u64(at), u32(at + 8), extended)
+            self._tables(u64s, u64(at), u32(at + 8), extended)
             id_size, name_size = struct.unpack_from(">HH", data, at + 12)
             at += -(-(40 + u32(at + 36) + id_size + name_size) // 8) * 8
         if version >= 3 and u64(88) & 1:
@@ -79,15 +90,15 @@ class Layout:
                     self.bitmaps = [table]
                 at += 8 + -(-u32(at + 4) // 8) * 8
 
-    def _tables(self, u64: object, offset: int, size: int, extended: bool) -> None:
-        assert callable(u64)
-        for index in range(size):
-            entry = u64(offset + 8 * index)
+    def _tables(self, u64s: Callable[[int, int], array[int]], offset: int, size: int, extended: bool) -> None:
+        for index, entry in enumerate(u64s(offset, size)):
             if entry:
                 self.l1.append(offset + 8 * index)
                 step = 16 if extended else 8
                 table = entry & OFFSET
-                used = [at for at in range(table, table + self.size, step) if u64(at) or (extended and u64(at + 8))]
+                entries = u64s(table, self.size // 8)
+                both = zip(entries[::2], entries[1::2], strict=True) if extended else entries
+                used = [table + step * number for number, value in enumerate(both) if value and value != (0, 0)]
                 self.l2 += [*used, table + self.size - step]
                 if extended:
                     self.l2 += [at + 8 for at in used]

@@ -7,7 +7,6 @@ each sector what it may hold.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import random
@@ -89,16 +88,17 @@ class Model:
     """For each sector what may be read now, and what may be read after the image was closed badly."""
 
     def __init__(self, content: bytes) -> None:
+        # Sets are replaced, never changed, so that both lists can have the same.
         self.now = [{content[at : at + SECTOR]} for at in range(0, len(content), SECTOR)]
-        self.later = [set(values) for values in self.now]
+        self.later = list(self.now)
 
     def changed(self, offset: int, length: int, value: bytes, done: bool) -> None:
         for index in range(offset // SECTOR, (offset + length) // SECTOR):
             self.now[index] = {value} if done else self.now[index] | {value}
-            self.later[index].add(value)
+            self.later[index] = self.later[index] | {value}
 
     def flushed(self) -> None:
-        self.later = [set(values) for values in self.now]
+        self.later = list(self.now)
 
     def resized(self, length: int, lost_from: int) -> None:
         """The size is `length` now; what is from `lost_from` on may have gone."""
@@ -241,7 +241,7 @@ def judge(path: Path, model: Model, snapshot: bytes, label: str) -> None:
         peers.run("qemu-img", "check", "-r", "all", str(path), ok=())
         again = json.loads(peers.run("qemu-img", "check", "--output=json", str(path)).stdout)
         assert not again.get("corruptions"), f"{label}: {again}"
-    Model.check(asyncio.run(read_all(path)), model.later, 0, f"{label}, reopened")
+    Model.check(run(read_all(path)), model.later, 0, f"{label}, reopened")
     # qemu-img shows it with the size that the disk has now.
     kept = content_of(path, "-l", "first")[: len(snapshot)]
     assert kept == snapshot[: len(kept)], f"{label}: the snapshot has changed"
