@@ -83,7 +83,7 @@ class Noted(action.Action):
 def test_actions_are_committed_together() -> None:
     log: list[str] = []
     asyncio.run(action.run(Noted("a", log), Noted("b", log)))
-    assert log == ["prepare a", "prepare b", "commit a", "commit b", "clean a", "clean b"]
+    assert log == ["prepare a", "prepare b", "commit b", "commit a", "clean b", "clean a"]
 
 
 def test_one_that_fails_takes_all_back() -> None:
@@ -93,7 +93,7 @@ def test_one_that_fails_takes_all_back() -> None:
     assert log == [
         *("prepare a", "prepare b", "prepare c"),
         *("abort b", "abort a"),
-        *("clean a", "clean b", "clean c"),
+        *("clean c", "clean b", "clean a"),
     ]
 
 
@@ -101,7 +101,7 @@ def test_actions_end_in_spite_of_a_cancellation() -> None:
     async def main() -> None:
         log: list[str] = []
         gate = asyncio.Event()
-        task = asyncio.create_task(action.run(Noted("a", log, gate=gate), Noted("b", log)))
+        task = asyncio.create_task(action.run(Noted("a", log), Noted("b", log, gate=gate)))
         await turns()
         assert log == ["prepare a", "prepare b"]
         task.cancel()
@@ -111,7 +111,7 @@ def test_actions_end_in_spite_of_a_cancellation() -> None:
         gate.set()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert log[2:] == ["commit a", "commit b", "clean a", "clean b"]
+        assert log[2:] == ["commit b", "commit a", "clean b", "clean a"]
 
     asyncio.run(main())
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from pyqsd.block.action import TransactionAction
 from pyqsd.block.registry import driver_names
 from pyqsd.chardev.registry import chardev_names
 from pyqsd.exports.export import BlockExportOptions
@@ -54,7 +55,6 @@ COMMANDS_NOT_WRITTEN = frozenset(
         "blockdev-mirror",
         "drive-backup",
         "drive-mirror",
-        "transaction",
         "x-blockdev-set-iothread",
     ]
 )
@@ -114,7 +114,9 @@ def not_written() -> dict[frozenset[str], frozenset[str]]:
     node = theirs.types[theirs.types[theirs.commands["query-named-block-nodes"]["ret-type"]]["element-type"]]
     specific = theirs.member(theirs.member(node, "image"), "format-specific")
     formats = frozenset(theirs.values(specific))
+    actions = frozenset(theirs.values(theirs.types[theirs.member(argument("transaction"), "actions")["element-type"]]))
     missing = {
+        actions: actions - set(TransactionAction.branches()),
         drivers: drivers - set(driver_names()),
         objects: objects - set(object_tags()),
         exports: exports - set(BlockExportOptions.branches()),

@@ -1,13 +1,20 @@
 """Actions: changes that are prepared, and then committed or taken back, alone or as a group (``transaction``).
 
 First every action of the group is prepared, in order. If that worked for all, all are committed, which cannot fail;
-else those that were prepared are aborted, the last one first. In the end all are cleaned up.
+else those that were prepared are aborted. In the end all are cleaned up. These steps begin with the last action, also
+the commits: that is the order in which QSD starts the jobs of a transaction.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from pyqsd.qapi.types import Struct
+
+if TYPE_CHECKING:
+    from pyqsd.block.graph import Graph
 
 
 class Action:
@@ -25,6 +32,32 @@ class Action:
 
     async def clean(self) -> None:
         """Let go of everything, whatever came of it. Cannot fail."""
+
+
+class Transaction:
+    """What the actions of one ``transaction`` share. All nodes are drained from before the first is prepared until the
+    last is cleaned up: what the actions do is done at one point in time."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+
+class TransactionAction(Struct, tag_field="type", tag="pyqsd-base"):
+    """An action as ``transaction`` is told of it. Each type of them is a branch, beside its command::
+
+    class BlockDirtyBitmapAddWrapper(TransactionAction, tag="block-dirty-bitmap-add"):
+        data: BlockDirtyBitmapAdd
+
+        def action(self, transaction: Transaction) -> Action:
+            return AddBitmapAction(transaction.graph, self.data)
+    """
+
+    #: Whether it can be an action of a transaction with ``completion-mode`` ``grouped``: it starts a job.
+    GROUPED: ClassVar[bool] = False
+
+    def action(self, transaction: Transaction) -> Action:
+        """What is to be done."""
+        raise NotImplementedError
 
 
 async def run(*actions: Action) -> None:
@@ -48,8 +81,8 @@ async def _run(actions: Sequence[Action]) -> None:
             for action in reversed(begun[:-1]):
                 await action.abort()
             raise
-        for action in begun:
+        for action in reversed(begun):
             await action.commit()
     finally:
-        for action in begun:
+        for action in reversed(begun):
             await action.clean()

@@ -122,6 +122,18 @@ class DirtyBitmap:
         united.merge(self.successor)
         return united
 
+    def copy(self) -> DirtyBitmap:
+        """An anonymous bitmap with the same bits."""
+        other = DirtyBitmap("", self.size, self.granularity)
+        other.merge(self)
+        return other
+
+    def exchange(self, other: DirtyBitmap) -> None:
+        """Have the bits of `other`, of the same size and granularity, which gets those of this one."""
+        assert (self.size, self.granularity) == (other.size, other.granularity)
+        self._chunks, other._chunks = other._chunks, self._chunks
+        self._full, other._full = other._full, self._full
+
     # --- changing -------------------------------------------------------------------------------------------------
 
     def mark(self, offset: int, length: int) -> None:

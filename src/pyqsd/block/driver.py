@@ -11,6 +11,7 @@ beyond the call and never copies them without need.
 from __future__ import annotations
 
 import errno
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyqsd.block import permissions as perms
@@ -356,8 +357,8 @@ class Driver:
         """Whether one more dirty bitmap can be stored in the image; granularity in bytes. Raises Error if not."""
         raise Error(f"Can't store persistent bitmaps to {self.node.name}: Operation not supported", errno.ENOTSUP)
 
-    async def remove_bitmap(self, name: str) -> None:
-        """Remove a persistent bitmap from the image. Raises Error."""
+    async def remove_bitmap(self, name: str) -> Callable[[], Awaitable[None]]:
+        """Remove a persistent bitmap from the image; to call what is returned takes that back. Both raise Error."""
         raise Error(f"Can't remove persistent bitmaps from {self.node.name}: Operation not supported", errno.ENOTSUP)
 
     # --- what people see ----------------------------------------------------------------------------------------------

@@ -7,12 +7,14 @@ import sys
 from contextlib import AsyncExitStack
 
 from pyqsd.block import action
+from pyqsd.block.action import Transaction, TransactionAction
 from pyqsd.block.driver import ROLE_DATA, ROLE_FILTERED, ROLE_METADATA
 from pyqsd.block.graph import Graph
 from pyqsd.block.info import SnapshotInfo
 from pyqsd.block.node import Node
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error, from_oserror
+from pyqsd.qapi.types import Struct
 
 
 def owner(node: Node) -> Node | None:
@@ -51,6 +53,13 @@ def _list(node: Node) -> list[SnapshotInfo]:
         return found.driver.snapshot_list()
     except OSError as exc:
         raise from_oserror(exc, "Failed to get a snapshot list") from exc
+
+
+class BlockdevSnapshotInternal(Struct):
+    """Names a node, and the snapshot of it that is to be taken."""
+
+    device: str
+    name: str
 
 
 class InternalSnapshotAction(action.Action):
@@ -106,10 +115,19 @@ class InternalSnapshotAction(action.Action):
         await self._stack.aclose()
 
 
-@command("blockdev-snapshot-internal-sync")
-async def blockdev_snapshot_internal_sync(graph: Graph, /, *, device: str, name: str) -> None:
+class BlockdevSnapshotInternalWrapper(TransactionAction, tag="blockdev-snapshot-internal-sync"):
+    """See the command."""
+
+    data: BlockdevSnapshotInternal
+
+    def action(self, transaction: Transaction) -> action.Action:
+        return InternalSnapshotAction(transaction.graph, self.data.device, self.data.name)
+
+
+@command("blockdev-snapshot-internal-sync", boxed=True)
+async def blockdev_snapshot_internal_sync(graph: Graph, /, options: BlockdevSnapshotInternal) -> None:
     """Take an internal snapshot of the node `device`."""
-    await action.run(InternalSnapshotAction(graph, device, name))
+    await action.run(InternalSnapshotAction(graph, options.device, options.name))
 
 
 @command("blockdev-snapshot-delete-internal-sync")

@@ -10,6 +10,7 @@ from contextlib import AsyncExitStack
 
 from pyqsd.block import action, graph_perms, op_blockers
 from pyqsd.block import permissions as perms
+from pyqsd.block.action import Transaction, TransactionAction
 from pyqsd.block.driver import ROLE_COW
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
@@ -18,8 +19,16 @@ from pyqsd.block.reopen import set_read_only
 from pyqsd.block.replace import Change
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
+from pyqsd.qapi.types import Struct
 
 log = logging.getLogger(__name__)
+
+
+class BlockdevSnapshot(Struct):
+    """Names a node, and the one that is to be put over it."""
+
+    node: str
+    overlay: str
 
 
 class SnapshotAction(action.Action):
@@ -87,7 +96,16 @@ class SnapshotAction(action.Action):
         await self._stack.aclose()
 
 
-@command("blockdev-snapshot", features=("allow-write-only-overlay",))
-async def blockdev_snapshot(graph: Graph, /, *, node: str, overlay: str) -> None:
+class BlockdevSnapshotWrapper(TransactionAction, tag="blockdev-snapshot"):
+    """See the command."""
+
+    data: BlockdevSnapshot
+
+    def action(self, transaction: Transaction) -> action.Action:
+        return SnapshotAction(transaction.graph, self.data.node, self.data.overlay)
+
+
+@command("blockdev-snapshot", boxed=True, features=("allow-write-only-overlay",))
+async def blockdev_snapshot(graph: Graph, /, options: BlockdevSnapshot) -> None:
     """Put the node `overlay` over `node`: everybody who uses `node` uses `overlay` from now on."""
-    await action.run(SnapshotAction(graph, node, overlay))
+    await action.run(SnapshotAction(graph, options.node, options.overlay))

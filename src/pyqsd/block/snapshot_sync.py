@@ -10,6 +10,7 @@ from typing import Any
 from msgspec import structs
 
 from pyqsd.block import action, filenames, open_image
+from pyqsd.block.action import Transaction, TransactionAction
 from pyqsd.block.commands import lookup
 from pyqsd.block.create import create_image
 from pyqsd.block.graph import Graph
@@ -18,7 +19,7 @@ from pyqsd.block.options import BlockdevCacheOptions, BlockdevDiscardOptions, Bl
 from pyqsd.block.snapshot import SnapshotAction
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
-from pyqsd.qapi.types import NULL
+from pyqsd.qapi.types import NULL, Struct
 
 
 class NewImageMode(StrEnum):
@@ -28,25 +29,27 @@ class NewImageMode(StrEnum):
     ABSOLUTE_PATHS = "absolute-paths"
 
 
+class BlockdevSnapshotSync(Struct, kw_only=True):
+    """A node, the file of the image to be put over it, and the name of the node for that."""
+
+    device: str | None = None
+    node_name: str | None = None
+    snapshot_file: str
+    snapshot_node_name: str | None = None
+    format: str = "qcow2"
+    mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS
+
+
 class SnapshotSyncAction(SnapshotAction):
     """The new node lives as long as somebody uses it."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        device: str | None,
-        node_name: str | None,
-        filename: str,
-        overlay: str | None,
-        fmt: str,
-        mode: NewImageMode,
-    ) -> None:
-        super().__init__(graph, node_name or "", overlay or "")
-        self._device = device
-        self._named = node_name is not None
-        self._filename = filename
-        self._format = fmt
-        self._mode = mode
+    def __init__(self, graph: Graph, options: BlockdevSnapshotSync) -> None:
+        super().__init__(graph, options.node_name or "", options.snapshot_node_name or "")
+        self._device = options.device
+        self._named = options.node_name is not None
+        self._filename = options.snapshot_file
+        self._format = options.format
+        self._mode = options.mode
         self._opened: Node | None = None
 
     def _find(self) -> Node:
@@ -118,17 +121,16 @@ def _is_same_file(one: str, other: str) -> bool:
         return False
 
 
-@command("blockdev-snapshot-sync")
-async def blockdev_snapshot_sync(
-    graph: Graph,
-    /,
-    *,
-    device: str | None = None,
-    node_name: str | None = None,
-    snapshot_file: str,
-    snapshot_node_name: str | None = None,
-    format: str = "qcow2",
-    mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS,
-) -> None:
+class BlockdevSnapshotSyncWrapper(TransactionAction, tag="blockdev-snapshot-sync"):
+    """See the command."""
+
+    data: BlockdevSnapshotSync
+
+    def action(self, transaction: Transaction) -> action.Action:
+        return SnapshotSyncAction(transaction.graph, self.data)
+
+
+@command("blockdev-snapshot-sync", boxed=True)
+async def blockdev_snapshot_sync(graph: Graph, /, options: BlockdevSnapshotSync) -> None:
     """Put a new node in the image `snapshot_file` over a node: everybody who uses that uses the new one from now on."""
-    await action.run(SnapshotSyncAction(graph, device, node_name, snapshot_file, snapshot_node_name, format, mode))
+    await action.run(SnapshotSyncAction(graph, options))

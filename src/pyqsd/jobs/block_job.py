@@ -18,7 +18,7 @@ from pyqsd.block.backend import BlockBackend
 from pyqsd.block.block_copy import Workers
 from pyqsd.block.events import BlockErrorAction, IoOperationType
 from pyqsd.block.info import BlockDeviceIoStatus
-from pyqsd.jobs.job import Job, Jobs, JobStatus, JobType, JobVerb
+from pyqsd.jobs.job import Job, JobGroup, Jobs, JobStatus, JobType, JobVerb
 from pyqsd.qapi.command import Event, event
 from pyqsd.qapi.errors import Error
 
@@ -147,8 +147,9 @@ class BlockJob(Job):
         speed: int = 0,
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
+        group: JobGroup | None = None,
     ) -> None:
-        super().__init__(jobs, id, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss)
+        super().__init__(jobs, id, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, group=group)
         self.graph = graph
         self.speed = 0
         self.io_status = BlockDeviceIoStatus.OK

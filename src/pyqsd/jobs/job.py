@@ -135,6 +135,7 @@ class Job:
         id: as the user knows it, or None for one of our own that no command and no event tells of.
         auto_finalize: go on after `PENDING` without being told to.
         auto_dismiss: vanish after `CONCLUDED` without being told to.
+        group: the jobs that it ends with; None: it is on its own.
 
     Raises Error if the id cannot be had.
     """
@@ -146,7 +147,15 @@ class Job:
     #: It has a point at which it is `READY`, and `complete` ends it from there.
     can_complete: ClassVar[bool] = False
 
-    def __init__(self, jobs: Jobs, id: str | None, *, auto_finalize: bool = True, auto_dismiss: bool = True) -> None:
+    def __init__(
+        self,
+        jobs: Jobs,
+        id: str | None,
+        *,
+        auto_finalize: bool = True,
+        auto_dismiss: bool = True,
+        group: JobGroup | None = None,
+    ) -> None:
         jobs.check_id(id)
         self.jobs = jobs
         self.id = id
@@ -168,10 +177,12 @@ class Job:
         #: It sleeps or stands still.
         self.resting = False
         self._still_waiters: list[asyncio.Future[None]] = []
-        #: Wakes the task from a pause, a sleep, or the wait for `finalize`.
+        #: Wakes the task from a pause, a sleep, or the wait for the rest of its group and for `finalize`.
         self._changed = asyncio.Event()
         self._finalize_wanted = False
         self._started = False
+        self.group = group or JobGroup()
+        self.group.jobs.insert(0, self)
         jobs.enter(self)
         self._become(JobStatus.CREATED)
 
@@ -287,27 +298,37 @@ class Job:
         await self._try(self._run())
         if self.cancelled and self.error is None:
             self.error = JobCancelled()
-        if self.error is None:
-            self._become(JobStatus.WAITING)
-            self._become(JobStatus.PENDING)
-            if not self.auto_finalize:
-                self.reached(JobStatus.PENDING)
-            await self._try(self._until_finalize())
-            if self.error is None:
-                await self._try(self.prepare())
+        self._become(JobStatus.WAITING if self.error is None else JobStatus.ABORTING)
+        await self.group._end(self)
+
+    @property
+    def _run_is_over(self) -> bool:
+        return self.status not in _ACTIVE
+
+    def _fails_if_over(self) -> None:
+        """If it has no more work to do and was cancelled, or has failed otherwise, it is aborted."""
+        if self._run_is_over:
             if self.cancelled and self.error is None:
                 self.error = JobCancelled()
+            if self.error is not None and self.status is not JobStatus.ABORTING:
+                self._become(JobStatus.ABORTING)
+
+    async def _conclude(self) -> None:
+        """The last steps, in the task of whichever job of the group ends it."""
+        self._fails_if_over()
         if self.error is None:
             await self._must(self.commit())
         else:
-            self._become(JobStatus.ABORTING)
             await self._must(self.abort())
         await self._must(self.clean())
+        self.group.jobs.remove(self)
         if self._started:
             self.finished()
         self._become(JobStatus.CONCLUDED)
         if self.auto_dismiss:
             self._remove()
+        # Its own task has nothing more to do.
+        self._changed.set()
 
     async def _run(self) -> None:
         self._in_run = True
@@ -318,20 +339,24 @@ class Job:
             self._in_run = False
             self._stands_still()
 
-    async def _until_finalize(self) -> None:
-        while not self.auto_finalize and not self._finalize_wanted and not self.cancelled:
+    def _interrupted(self) -> None:
+        """The job was cancelled and the task that works for it interrupted; from here on that is like any other."""
+        task = asyncio.current_task()
+        assert task is not None
+        task.uncancel()
+        self.cancelled = True
+
+    async def _wait_in_group(self) -> None:
+        try:
             await self._wait_changed()
-        if self.cancelled:
-            raise JobCancelled
+        except asyncio.CancelledError:
+            self._interrupted()
 
     async def _try(self, step: Awaitable[None]) -> None:
         try:
             await step
         except asyncio.CancelledError:
-            # The job was cancelled and interrupted; from here on its task is like any other.
-            if self._task is not None:
-                self._task.uncancel()
-            self.cancelled = True
+            self._interrupted()
             self.error = JobCancelled()
         except Error as exc:
             self.error = exc
@@ -349,6 +374,7 @@ class Job:
 
     def give_up(self) -> None:
         """Whoever made it could not finish that: it was never there. It has not been started."""
+        self.group.jobs.remove(self)
         self._remove()
 
     def _remove(self) -> None:
@@ -481,6 +507,78 @@ class Job:
             await asyncio.wait([task])
         if self.status is JobStatus.CONCLUDED:
             self._remove()
+
+
+class JobGroup:
+    """Jobs that end together, all of them well or none: those of a transaction with ``completion-mode`` ``grouped``.
+    Any other job is a group of its own.
+
+    Who has done its work waits (`WAITING`) for the others, and then all are `PENDING`. If one of them is not to go on
+    by itself, none does, and to finalize one is to finalize all. When one fails or is cancelled, all others are
+    cancelled. The last steps of all of them are done one job after the other, the newest first, by the task of one of
+    them.
+    """
+
+    def __init__(self) -> None:
+        #: Those that have not concluded, the newest first.
+        self.jobs: list[Job] = []
+        #: A task is at the last steps of all jobs.
+        self._ending = False
+
+    async def _end(self, job: Job) -> None:
+        """What the task of `job` does after `Job.run`."""
+        self._wake()
+        while job in self.jobs:
+            if self._ending:
+                await job._wait_in_group()
+            elif job.error is not None or job.cancelled:
+                await self._fail(job)
+            elif all(one.status is JobStatus.WAITING for one in self.jobs):
+                for one in self.jobs:
+                    one._become(JobStatus.PENDING)
+                    if not one.auto_finalize:
+                        one.reached(JobStatus.PENDING)
+            elif job.status is JobStatus.PENDING and (
+                job._finalize_wanted or all(one.auto_finalize for one in self.jobs)
+            ):
+                await self._finalize(job)
+            else:
+                await job._wait_in_group()
+
+    def _wake(self) -> None:
+        for job in self.jobs:
+            job._changed.set()
+
+    async def _finalize(self, own: Job) -> None:
+        self._ending = True
+        for job in self.jobs:
+            await job._try(job.prepare())
+            if job.error is not None:
+                job._fails_if_over()
+                break
+        failed = next((job for job in self.jobs if job.error is not None or job.cancelled), None)
+        if failed is not None:
+            self._cancel_all_but(failed)
+        await self._conclude(own)
+
+    async def _fail(self, own: Job) -> None:
+        self._ending = True
+        self._cancel_all_but(own)
+        # As in QSD, its turn is before the others have come to their end.
+        self.jobs[0]._fails_if_over()
+        await self._conclude(own)
+
+    def _cancel_all_but(self, failed: Job) -> None:
+        for job in self.jobs:
+            if job is not failed:
+                job.cancel()
+
+    async def _conclude(self, own: Job) -> None:
+        """In the task of `own`."""
+        while not all(job._run_is_over for job in self.jobs):
+            await own._wait_in_group()
+        for job in tuple(self.jobs):
+            await job._conclude()
 
 
 class Jobs:

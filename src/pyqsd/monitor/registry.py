@@ -19,6 +19,7 @@ MODULES = (
     "pyqsd.jobs.block_job_commands",
     "pyqsd.jobs.create",
     "pyqsd.jobs.amend",
+    "pyqsd.jobs.transaction",
     "pyqsd.exports.commands",
     "pyqsd.exports.nbd.commands",
     "pyqsd.qom.commands",

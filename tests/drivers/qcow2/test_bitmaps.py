@@ -10,7 +10,12 @@ from typing import Any
 import pytest
 
 from pyqsd.block import action
-from pyqsd.block.bitmap_commands import block_dirty_bitmap_add, block_dirty_bitmap_remove
+from pyqsd.block.bitmap_commands import (
+    BlockDirtyBitmap,
+    BlockDirtyBitmapAdd,
+    block_dirty_bitmap_add,
+    block_dirty_bitmap_remove,
+)
 from pyqsd.block.dirty_bitmap import DirtyBitmap
 from pyqsd.block.graph import Graph
 from pyqsd.block.internal_snapshots import InternalSnapshotAction, goto_snapshot, listed
@@ -29,14 +34,15 @@ MiB = 1 << 20
 
 
 async def add(node: Node, name: str, granularity: int = 65536, *, disabled: bool = False) -> DirtyBitmap:
-    await block_dirty_bitmap_add(
-        node.graph, node=node.name, name=name, granularity=granularity, persistent=True, disabled=disabled
+    options = BlockDirtyBitmapAdd(
+        node=node.name, name=name, granularity=granularity, persistent=True, disabled=disabled
     )
+    await block_dirty_bitmap_add(node.graph, options)
     return node.dirty_bitmaps[name]
 
 
 async def remove(node: Node, name: str) -> None:
-    await block_dirty_bitmap_remove(node.graph, node=node.name, name=name)
+    await block_dirty_bitmap_remove(node.graph, BlockDirtyBitmap(node=node.name, name=name))
 
 
 def on_disk(path: Path) -> dict[str, list[str]]:

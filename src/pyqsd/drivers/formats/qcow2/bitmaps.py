@@ -176,19 +176,46 @@ async def _tables_of(image: Image, gone: list[StoredBitmap]) -> list[tuple[int, 
 # --- removing and adding ----------------------------------------------------------------------------------------------
 
 
-async def remove(image: Image, name: str) -> None:
-    """Remove a bitmap from the image, if it is there. Raises Error."""
-    gone = [one for one in image.bitmaps if headers.shown(one.name) == name]
-    if not gone:
+async def remove(image: Image, name: str, gone: list[tuple[int, StoredBitmap]]) -> None:
+    """Remove a bitmap from the image, if it is there; where it was and what it was is added to `gone`. Raises Error."""
+    found = [(index, one) for index, one in enumerate(image.bitmaps) if headers.shown(one.name) == name]
+    if not found:
         return
     try:
-        runs = await _tables_of(image, gone)
-        await switch(image, [one for one in image.bitmaps if one not in gone])
+        runs = await _tables_of(image, [one for _, one in found])
+        left = list(image.bitmaps)
+        for index, _ in reversed(found):
+            del left[index]
+        await switch(image, left)
+        gone += found
         for first, count in runs:
             image.free_later(first, count, "other")
         await image.writeback.run(refcounts=True)
     except OSError as exc:
         raise from_oserror(exc, "Failed to update bitmap extension") from exc
+
+
+async def restore(image: Image, gone: list[tuple[int, StoredBitmap]]) -> None:
+    """Put bitmaps back into the image that were removed from it. As they were, their content is out of date: what is
+    right is in memory, and is stored in the end. Raises Error."""
+    bits = image.cluster_bits
+    directory = list(image.bitmaps)
+    written: list[int] = []
+    try:
+        for index, one in gone:
+            # A table of the least size, without bits.
+            cluster, _ = await image.refcounts.allocate(1)
+            written.append(cluster)
+            await image.file.pwrite(cluster << bits, bytes(image.cluster_size))
+            empty = replace(one, table_offset=cluster << bits, table_entries=1, flags=one.flags | fmt.FLAG_IN_USE)
+            directory.insert(index, empty)
+        await switch(image, directory)
+    except OSError as exc:
+        raise from_oserror(exc, "Failed to update bitmap extension") from exc
+    finally:
+        if image.bitmaps is not directory and not image.broken:
+            for cluster in written:
+                image.refcounts.release(cluster, 1)
 
 
 def check_new(image: Image, node: Node, name: str, granularity: int) -> None:

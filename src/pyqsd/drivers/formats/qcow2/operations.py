@@ -20,7 +20,7 @@ from pyqsd.drivers.formats.qcow2 import info
 from pyqsd.qapi.errors import Error
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Awaitable, Callable, Coroutine
 
     from pyqsd.block.child import Child
     from pyqsd.block.dirty_bitmap import DirtyBitmap
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyqsd.block.info import SnapshotInfo
     from pyqsd.block.node import Node
     from pyqsd.drivers.formats.qcow2.amend_options import AmendOptions
+    from pyqsd.drivers.formats.qcow2.bitmap_format import StoredBitmap
     from pyqsd.drivers.formats.qcow2.compression import Unpacked
     from pyqsd.drivers.formats.qcow2.encryption import Encryption
     from pyqsd.drivers.formats.qcow2.image import Image
@@ -113,19 +114,27 @@ class Operations(Driver):
 
         bitmaps.check_new(self.image, self.node, name, granularity)
 
-    async def remove_bitmap(self, name: str) -> None:
+    async def remove_bitmap(self, name: str) -> Callable[[], Awaitable[None]]:
         from pyqsd.drivers.formats.qcow2 import bitmaps
 
         image = self.image
+        gone: list[tuple[int, StoredBitmap]] = []
+
+        async def restore() -> None:
+            if gone:
+                async with image.operation_lock:
+                    await image.to_the_end(bitmaps.restore(image, gone))
+
         if not image.bitmaps or not self.node.active:
             # Of an inactive node, the image is somebody else's: only what was added in memory since goes.
-            return
+            return restore
         if self.node.read_only:
             raise Error("Failed to update bitmap extension: Operation not permitted", errno.EPERM)
         if not self._ready:
             await self._prepare_write()
         async with image.operation_lock:
-            await image.to_the_end(bitmaps.remove(image, name))
+            await image.to_the_end(bitmaps.remove(image, name, gone))
+        return restore
 
     async def _store_bitmaps(self) -> list[DirtyBitmap]:
         """Bring persistent bitmaps into the image. Raises OSError, Error."""
