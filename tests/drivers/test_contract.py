@@ -64,30 +64,40 @@ def _copy_on_read(path: Path) -> dict[str, Any]:
     return {"driver": "copy-on-read", "file": {**_qcow2(path), "read-only": False}}
 
 
+def _copy_before_write(path: Path) -> dict[str, Any]:
+    copies = path.with_name("copies")
+    copies.write_bytes(empty_image(SIZE, cluster_size=4096))
+    target = {"driver": "qcow2", "read-only": False, "file": {"driver": "file", "filename": str(copies)}}
+    return {"driver": "copy-before-write", "file": _raw_file(path), "target": target}
+
+
 #: Driver → how to make an image at a path, and its options.
 MAKERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "file": _raw_file,
     "raw": _raw,
     "blkdebug": _blkdebug,
     "compress": lambda path: {"driver": "compress", "file": _qcow2(path)},
+    "copy-before-write": _copy_before_write,
     "copy-on-read": _copy_on_read,
     "preallocate": lambda path: {"driver": "preallocate", "file": _raw_file(path), "prealloc-size": 8192},
     "qcow2": _qcow2,
     "null-co": lambda path: {"driver": "null-co", "size": SIZE, "read-zeroes": True},
     "null-aio": lambda path: {"driver": "null-aio", "size": SIZE, "read-zeroes": True},
+    "snapshot-access": lambda path: {"driver": "snapshot-access", "file": _copy_before_write(path)},
 }
 #: They need a block device, which a test machine need not have; their own tests look for one.
 NEEDS_A_DEVICE = {"host_device"}
 #: They keep nothing that is written.
 FORGETS = {"null-co", "null-aio"}
 #: Their images cannot be resized, or keep the size that their options say.
-FIXED_SIZE = {"null-co", "null-aio", "raw"}
+FIXED_SIZE = {"null-co", "null-aio", "raw", "snapshot-access"}
+#: They cannot be written to.
+NEVER_WRITES = {"snapshot-access"}
 
 drivers = pytest.mark.parametrize("name", sorted(MAKERS))
-keepers = pytest.mark.parametrize("name", sorted(set(MAKERS) - FORGETS))
 #: What was written cannot be overwritten.
 WRITES_ONCE = {"compress"}
-overwriters = pytest.mark.parametrize("name", sorted(set(MAKERS) - FORGETS - WRITES_ONCE))
+overwriters = pytest.mark.parametrize("name", sorted(set(MAKERS) - FORGETS - WRITES_ONCE - NEVER_WRITES))
 
 
 def test_every_driver_is_here() -> None:
@@ -228,7 +238,8 @@ def test_reads_of_zero_length_and_past_the_end(name: str, tmp_path: Path) -> Non
         node = await _open(graph, options)
         backend = _user(graph, node)
         await backend.preadv(SIZE, 0, [])
-        await backend.pwritev(SIZE, 0, [])
+        if name not in NEVER_WRITES:
+            await backend.pwritev(SIZE, 0, [])
         for offset, length in ((SIZE - 1, 2), (SIZE, 1), (-1, 1), (1 << 62, 1), (0, 1 << 62)):
             with pytest.raises(OSError, match="out of range"):
                 await backend.preadv(offset, length, [memoryview(bytearray(1))])

@@ -6,16 +6,20 @@ becomes active again it reads its metadata anew, because the image may be anothe
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 
 from pyqsd.block import graph_perms
+from pyqsd.block import permissions as perms
 from pyqsd.block.backend import BlockBackend
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
 from pyqsd.qapi.errors import Error, from_oserror
 
 log = logging.getLogger(__name__)
+
+_CHANGING = perms.WRITE | perms.WRITE_UNCHANGED
 
 
 def _below(roots: list[Node]) -> list[Node]:
@@ -99,6 +103,9 @@ async def _inactivate(node: Node) -> None:
     backends = [edge.parent for edge in node.parents if isinstance(edge.parent, BlockBackend)]
     for backend in backends:
         backend.check_suspend()
+    # Some nodes write to a child also while they are inactive.
+    if any(edge.perm & _CHANGING and isinstance(edge.parent, Node) for edge in node.parents):
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
     try:
         # The driver's caches, and then all that the guest and the driver have written.
         await node.driver.inactivate()
@@ -109,6 +116,6 @@ async def _inactivate(node: Node) -> None:
         backend.suspend()
     node.active = False
     graph_perms.refresh([node])
-    for child in list(node.children):
+    for child in reversed(list(node.children)):
         if not _has_active_parent(child.node):
             await _inactivate(child.node)

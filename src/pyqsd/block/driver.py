@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pyqsd.block.image_check import CheckResult
     from pyqsd.block.info import SnapshotInfo
     from pyqsd.block.node import Node
+    from pyqsd.block.point_in_time import PointInTime
     from pyqsd.qapi.types import Struct
 
 # Request flags.
@@ -109,6 +110,8 @@ class Driver:
     is_filter: ClassVar[bool] = False
     #: It comes and goes with a job of its own, so that no other job may rely on edges that lead to it.
     never_freeze: ClassVar[bool] = False
+    #: Its filename is that of its main child.
+    named_as_child: ClassVar[bool] = False
     #: Can have a backing file.
     supports_backing: ClassVar[bool] = False
     #: Has internal snapshots.
@@ -129,6 +132,10 @@ class Driver:
         #: The main child (``file``) and the backing file, if there are any; `Node` keeps them.
         self.file: Child | None = None
         self.backing: Child | None = None
+        #: A child that is no part of the content: a flush does not concern it.
+        self.unflushed: Child | None = None
+        #: What the content was at a point in time, if that is preserved here.
+        self.past: PointInTime | None = None
 
     @classmethod
     def create_options(cls) -> type[BlockdevCreateOptions] | None:

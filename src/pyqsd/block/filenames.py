@@ -24,6 +24,8 @@ _LONGEST = 4095
 def filename(node: Node) -> str:
     """The name of `node`, never empty."""
     node = node.explicit()
+    while node.driver.named_as_child and (main := primary(node)) is not None:
+        node = main
     exact = exact_filename(node)
     if exact:
         return exact
@@ -36,6 +38,9 @@ def exact_filename(node: Node) -> str:
     driver = node.driver
     if driver.is_protocol or driver.names_images:
         return driver.exact_filename()
+    if driver.named_as_child:
+        main = primary(node)
+        return "" if main is None else exact_filename(main)
     below = primary(node)
     if below is None or driver.is_filter or _strong(node) or backing_overridden(node):
         return ""

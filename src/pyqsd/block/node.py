@@ -731,7 +731,7 @@ class Node:
                 if event is not None and self.needs_flush:
                     event("flush_to_disk")
                 for child in tuple(self.children):
-                    if child.perm & (perms.WRITE | perms.WRITE_UNCHANGED):
+                    if child.perm & (perms.WRITE | perms.WRITE_UNCHANGED) and child is not driver.unflushed:
                         await child.node.flush()
                 if generation > self._flushed_generation:
                     self._flushed_generation = generation

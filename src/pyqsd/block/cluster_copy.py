@@ -1,0 +1,263 @@
+"""Copying clusters from one node to another while somebody writes to the first: who has copied what.
+
+A bitmap says which clusters are still to be copied; whoever copies some takes them out of it first. So no cluster is
+copied twice, a writer that needs one copied waits only for that one, and what failed is to be copied again.
+
+Offsets and lengths are bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from pyqsd.block.block_copy import CopyError, Transfer
+from pyqsd.block.child import Child
+from pyqsd.block.dirty_bitmap import DirtyBitmap
+from pyqsd.block.driver import WRITE_COMPRESSED
+from pyqsd.block.extents import ZERO
+from pyqsd.block.node import Node
+from pyqsd.qapi.errors import Error
+
+log = logging.getLogger(__name__)
+
+_DEFAULT_CLUSTER: Final = 64 << 10
+_INT64_MAX: Final = (1 << 63) - 1
+#: Bytes that are read and written at once.
+CHUNK: Final = 1 << 20
+#: How far one looks for zeroes at once.
+_AHEAD: Final = 1 << 32
+
+
+def natural_cluster(target: Node, least: int) -> int:
+    """Bytes that are copied to `target` together: whole clusters of it, so that none of them has to be filled up from
+    what is below it, and at least 64 KiB. Raises Error if `least`, which somebody wants instead, cannot be."""
+    if least > _INT64_MAX:
+        raise Error(f"min-cluster-size too large: {least} > {_INT64_MAX}")
+    if least & (least - 1):
+        raise Error("min-cluster-size needs to be a power of 2")
+    known = target.driver.image_info()
+    if "dirty_flag" not in known and target.below() is None:
+        log.warning(
+            "The target block device doesn't provide information about the block size and it doesn't have a backing "
+            "file. The (default) block size of %d bytes is used. If the actual block size of the target exceeds this "
+            "value, the backup may be unusable",
+            _DEFAULT_CLUSTER,
+        )
+    return max(_DEFAULT_CLUSTER, known.get("cluster_size") or 0)
+
+
+class Piece:
+    """Clusters that somebody copies, or reads: ``[start, end)``."""
+
+    __slots__ = ("done", "end", "start")
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start = start
+        self.end = end
+        self.done: asyncio.Future[None] | None = None
+
+
+class Pieces:
+    """Those in progress."""
+
+    __slots__ = ("_pieces",)
+
+    def __init__(self) -> None:
+        self._pieces: set[Piece] = set()
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self._pieces)
+
+    def begin(self, start: int, end: int) -> Piece:
+        """One more, until `finish`."""
+        piece = Piece(start, end)
+        self._pieces.add(piece)
+        return piece
+
+    def finish(self, piece: Piece) -> None:
+        """It is done; those who wait for it go on."""
+        self._pieces.discard(piece)
+        if piece.done is not None and not piece.done.done():
+            piece.done.set_result(None)
+
+    def touching(self, start: int, end: int) -> Piece | None:
+        """One that touches the range."""
+        for piece in self._pieces:
+            if piece.start < end and start < piece.end:
+                return piece
+        return None
+
+    @staticmethod
+    async def wait(piece: Piece) -> None:
+        """Until `piece` is done, whatever comes of it."""
+        if piece.done is None:
+            piece.done = asyncio.get_running_loop().create_future()
+        await asyncio.shield(piece.done)
+
+    async def wait_for_all(self, start: int = 0, end: int = _INT64_MAX) -> None:
+        """Until none touches the range."""
+        while (piece := self.touching(start, end)) is not None:
+            await self.wait(piece)
+
+
+class ClusterCopy:
+    """What is still to be copied from the child `source` of `node` to its child `target`, and copying it.
+
+    Arguments:
+        least: the clusters are at least so large.
+        bitmap: only what is dirty in it is to be copied; None: everything.
+
+    Raises Error.
+    """
+
+    def __init__(self, node: Node, source: Child, target: Child, least: int, bitmap: DirtyBitmap | None) -> None:
+        self.source = source
+        self.target = target
+        #: What is worth copying by itself.
+        self._unit = natural_cluster(target.node, least)
+        self.cluster = max(self._unit, least)
+        self.to_copy = node.dirty_bitmaps.add_anonymous(source.node.length, self.cluster, enabled=False)
+        if bitmap is None:
+            self.to_copy.mark(0, source.node.length)
+        else:
+            try:
+                bitmap.check(allow_readonly=True)
+                self.to_copy.merge(bitmap)
+            except Error as exc:
+                raise exc.prefixed(f"Failed to merge bitmap '{bitmap.name}' to internal copy-bitmap: ") from exc
+        #: What is being copied at the moment.
+        self.pieces = Pieces()
+        #: Give back the space of what was copied, at the source.
+        self.discard_source = False
+        #: Called with the number of bytes, whole clusters counted, whenever some have been copied.
+        self.on_copied: Callable[[int], None] | None = None
+        self._compress = False
+        self.children_changed()
+
+    def children_changed(self) -> None:
+        """The source or the target is another node now."""
+        flags = WRITE_COMPRESSED if self._compress else 0
+        self._transfer = Transfer(self.source.node, self.target.node, write_flags=flags, zero_flags=0)
+
+    def use_compression(self) -> None:
+        """Compress everything from now on."""
+        self._compress = True
+        self.children_changed()
+
+    def aligned(self, start: int, end: int) -> tuple[int, int]:
+        """The range, widened to whole clusters."""
+        return start // self.cluster * self.cluster, -(-end // self.cluster) * self.cluster
+
+    def is_settled(self, start: int, end: int) -> bool:
+        """Whether nothing of the range is still to be copied, or being copied."""
+        return self.to_copy.next_dirty(start, end) is None and self.pieces.touching(start, end) is None
+
+    async def copy(self, start: int, end: int) -> None:
+        """Copy whatever is still to be copied of ``[start, end)``, whole clusters, and wait for others who copy some of
+        it. Raises CopyError."""
+        while True:
+            area = self.to_copy.next_dirty_area(start, end)
+            if area is not None:
+                first = area[0]
+                length, zero = await self._extent(first, first + area[1])
+                # Others may have taken it meanwhile.
+                area = self.to_copy.next_dirty_area(first, first + length)
+                if area is not None and area[0] == first:
+                    await self.do(self.take(first, area[1]), zero)
+                continue
+            piece = self.pieces.touching(start, end)
+            if piece is None:
+                return
+            await self.pieces.wait(piece)
+
+    async def next_piece(self, start: int, most: int) -> tuple[Piece, bool] | None:
+        """Take the first piece at or after `start` that is still to be copied, of at most `most` bytes of data: whoever
+        calls this passes it to `do`, together with whether it reads as zeroes. None: there is none."""
+        while (area := self.to_copy.next_dirty_area(start, None, _AHEAD)) is not None:
+            first = area[0]
+            length, zero = await self._extent(first, first + area[1])
+            if not zero:
+                length = min(length, max(most // self.cluster, 1) * self.cluster)
+            area = self.to_copy.next_dirty_area(first, first + length)
+            if area is not None and area[0] == first:
+                return self.take(first, area[1]), zero
+        return None
+
+    async def _extent(self, start: int, end: int) -> tuple[int, bool]:
+        """How the range begins: for how many bytes, whole clusters unless it ends before, and whether all of these read
+        as zeroes."""
+        try:
+            (length, flags, _, _), _ = await self.source.node.block_status_above(None, start, end - start)
+        except OSError:
+            # To be met again when it is read.
+            length, flags = 0, 0
+        if flags & ZERO:
+            zeroes = end - start if start + length >= end else length // self.cluster * self.cluster
+            if zeroes:
+                return zeroes, True
+        whole = max(-(-length // self.cluster), 1) * self.cluster
+        return min(whole, max(CHUNK, self.cluster), end - start), False
+
+    def take(self, start: int, length: int) -> Piece:
+        """Whole clusters that are to be copied are copied by the caller: he passes the piece to `do`."""
+        self.to_copy.clear(start, length)
+        return self.pieces.begin(start, start + length)
+
+    async def do(self, piece: Piece, zero: bool) -> None:
+        """Copy what was taken; if that fails, all of it is to be copied again. Raises CopyError."""
+        start, end = piece.start, piece.end
+        try:
+            # What is beyond the end of a node that was made smaller is gone.
+            stop = min(end, self.source.node.length)
+            if stop > self.target.node.length:
+                raise CopyError(False, OSError(errno.EIO, "Beyond the end of the target"))
+            if zero:
+                await self._transfer.zero(start, stop - start)
+            elif start < stop:
+                await self._copy_mixed(start, stop)
+            if self.discard_source:
+                await self._discard_source(start, stop)
+        except BaseException:
+            self.to_copy.mark(start, end - start)
+            raise
+        finally:
+            self.pieces.finish(piece)
+        if self.on_copied is not None:
+            first, last = self.aligned(start, end)
+            self.on_copied(last - first)
+
+    async def _copy_mixed(self, start: int, end: int) -> None:
+        if end - start <= max(CHUNK, self._unit):
+            await self._transfer.copy(start, end - start)
+            return
+        # Clusters larger than that go in parts, of which some may be zeroes.
+        for at in range(start, end, CHUNK):
+            await self._transfer.copy(at, min(CHUNK, end - at))
+
+    async def _discard_source(self, start: int, end: int) -> None:
+        try:
+            await self.source.node.pdiscard(start, end - start)
+        except OSError as exc:
+            log.warning("node '%s': discarding what was copied: %s", self.source.node.name, exc)
+
+    def skip(self, start: int, length: int) -> None:
+        """These clusters need not be copied."""
+        self.to_copy.clear(start, length)
+
+    @property
+    def left(self) -> int:
+        """Bytes that are still to be copied, or being copied; whole clusters counted."""
+        return self.to_copy.count + sum(last - first for first, last in map(self._whole, self.pieces))
+
+    def _whole(self, piece: Piece) -> tuple[int, int]:
+        return self.aligned(piece.start, piece.end)
+
+
+__all__ = ["CHUNK", "ClusterCopy", "CopyError", "Piece", "Pieces", "natural_cluster"]
