@@ -189,11 +189,10 @@ async def metadata_map(image: Image, overlap: frozenset[str]) -> MetadataMap:
             # It may pretend to be huge.
             size = min(size, max(0, image.file.length - header.snapshots_offset))
         meta.add("snapshot_table", header.snapshots_offset >> bits, (size + mask) >> bits)
-    for one in image.snapshots:
-        if one.l1_offset & mask or one.l1_size > headers.MAX_L1_BYTES // 8:
-            continue
-        meta.add("inactive_l1", one.l1_offset >> bits, (one.l1_size * 8 + mask) >> bits)
-        if "inactive_l2" in overlap:
+    inactive = [one for one in image.snapshots if not one.l1_offset & mask and one.l1_size <= headers.MAX_L1_BYTES // 8]
+    meta.set_inactive_l1((one.l1_offset >> bits, (one.l1_size * 8 + mask) >> bits) for one in inactive)
+    if "inactive_l2" in overlap:
+        for one in inactive:
             table = await read_table(image.file, one.l1_offset, one.l1_size)
             meta.add_many("inactive_l2", _clusters(table, OFFSET_MASK, bits))
     if header.bitmaps is not None and header.autoclear & headers.AUTOCLEAR_BITMAPS:
