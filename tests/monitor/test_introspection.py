@@ -52,7 +52,6 @@ COMMANDS_NOT_WRITTEN = frozenset(
         "block-commit",
         "block-stream",
         "blockdev-backup",
-        "blockdev-mirror",
         "drive-backup",
         "drive-mirror",
         "x-blockdev-set-iothread",
