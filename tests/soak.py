@@ -17,7 +17,7 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.drivers.qcow2 import mangled, test_check, test_check_only, test_check_repair
+from tests.drivers.qcow2 import mangled, test_check, test_check_repair
 from tests.support import images
 from tests.support.daemon import DaemonProcess
 from tests.support.nbd import is_alive
@@ -105,21 +105,6 @@ def check(root: Path, seed: int) -> str:
     return kind
 
 
-def check_only(root: Path, seed: int) -> str:
-    workdir = root / "check-only"
-    workdir.mkdir()
-
-    def sound(kind: str) -> bytes:
-        path = workdir / f"{kind}.qcow2"
-        if not path.exists():
-            mangled.make(path, kind)
-        return path.read_bytes()
-
-    for number in range(100):
-        test_check_only.check_random_damage(workdir, sound, seed * 1000 + number)
-    return ""
-
-
 PARTS = {
     "workload": workload,
     "storm": storm,
@@ -128,7 +113,6 @@ PARTS = {
     "crash": crash,
     "abuse": abuse,
     "check": check,
-    "check-only": check_only,
 }
 
 

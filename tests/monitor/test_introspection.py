@@ -50,8 +50,8 @@ EXTRA: frozenset[str] = frozenset(
 COMMANDS_NOT_WRITTEN = frozenset(
     [
         "block-commit",
-        "block-stream",
         "blockdev-backup",
+        "blockdev-mirror",
         "drive-backup",
         "drive-mirror",
         "x-blockdev-set-iothread",

@@ -9,6 +9,7 @@ Names inside images are relative to the directory of the image that they are in.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from pyqsd.block.driver import ROLE_PRIMARY
@@ -93,6 +94,39 @@ def full_backing_filename(node: Node, backing: str) -> str:
     if base is None:
         raise ValueError(f"Cannot generate a base directory for {node.driver.name} nodes")
     return base + backing
+
+
+def find_backing_image(node: Node, name: str) -> Node | None:
+    """The node in the backing chain of `node`, itself and filters not included, that `name` means: as a name may stand
+    in the image above it, for which names are relative to where that image is. None if there is none."""
+    above = without_filters(node)
+    while (backing := above.driver.backing) is not None:
+        below = without_filters(backing.node)
+        if _names(above, name, below):
+            return below
+        above = below
+    return None
+
+
+def without_filters(node: Node) -> Node:
+    """The node, or the first below it that is no filter."""
+    while node.driver.is_filter and (below := node.below()) is not None:
+        node = below
+    return node
+
+
+def _names(above: Node, name: str, below: Node) -> bool:
+    """Whether the image of `above` could call its backing file `below` by `name`."""
+    if backing_overridden(above):
+        return name == filename(below)
+    stored = above.driver.image_info().get("backing_filename") or ""
+    if has_protocol(name) or has_protocol(stored):
+        return bool(name == stored)
+    try:
+        path = os.path.realpath(full_backing_filename(above, name), strict=True)
+        return bool(name) and path == os.path.realpath(full_backing_filename(above, stored), strict=True)
+    except (OSError, ValueError):
+        return False
 
 
 def has_protocol(name: str) -> bool:

@@ -151,7 +151,6 @@ class BlockJob(Job):
     ) -> None:
         super().__init__(jobs, id, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, group=group)
         self.graph = graph
-        graph.block_jobs.append(self)
         self.speed = 0
         self.io_status = BlockDeviceIoStatus.OK
         self.workers: Workers | None = None
@@ -176,6 +175,14 @@ class BlockJob(Job):
         blocker = op_blockers.Blocker(f"block device is in use by block job: {self.kind}", self.allowed_ops)
         node.op_blockers.append(blocker)
         self._nodes.append((edge, blocker))
+
+    def remove_node(self, node: Node) -> None:
+        """Let go of `node` alone."""
+        for entry in [entry for entry in self._nodes if entry[0].node is node]:
+            edge, blocker = entry
+            node.op_blockers.remove(blocker)
+            edge.remove()
+            self._nodes.remove(entry)
 
     def remove_nodes(self) -> None:
         """Let go of all nodes, in good time before the graph is changed around them."""
@@ -209,10 +216,6 @@ class BlockJob(Job):
             self.close_backend(backend)
         self.remove_nodes()
         super().give_up()
-
-    def _remove(self) -> None:
-        super()._remove()
-        self.graph.block_jobs.remove(self)
 
     # --- what `run` uses ---------------------------------------------------------------------------------------------
 

@@ -131,7 +131,9 @@ async def query_block_jobs(jobs: Jobs, /) -> list[BlockJobInfo]:
 @command("block-job-set-speed")
 async def block_job_set_speed(jobs: Jobs, /, *, device: str, speed: int) -> None:
     """Limit a job to `speed` bytes per second; 0: no limit."""
-    find(jobs, device).set_speed(speed)
+    job = find(jobs, device)
+    job.set_speed(speed)
+    await job.react()
 
 
 @command("block-job-cancel")
@@ -146,13 +148,17 @@ async def block_job_cancel(jobs: Jobs, /, *, device: str, force: bool | None = N
 @command("block-job-pause")
 async def block_job_pause(jobs: Jobs, /, *, device: str) -> None:
     """Let a job stand still until ``block-job-resume``."""
-    find(jobs, device).user_pause()
+    job = find(jobs, device)
+    job.user_pause()
+    await job.react()
 
 
 @command("block-job-resume")
 async def block_job_resume(jobs: Jobs, /, *, device: str) -> None:
     """Let a job go on that was stopped by ``block-job-pause``, or by an error."""
-    find(jobs, device).user_resume()
+    job = find(jobs, device)
+    job.user_resume()
+    await job.react()
 
 
 @command("block-job-complete")

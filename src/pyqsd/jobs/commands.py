@@ -9,13 +9,17 @@ from pyqsd.qapi.command import command
 @command("job-pause")
 async def job_pause(jobs: Jobs, /, *, id: str) -> None:
     """Let a job stand still until ``job-resume``."""
-    jobs.find(id).user_pause()
+    job = jobs.find(id)
+    job.user_pause()
+    await job.react()
 
 
 @command("job-resume")
 async def job_resume(jobs: Jobs, /, *, id: str) -> None:
     """Let a job go on that ``job-pause`` has stopped."""
-    jobs.find(id).user_resume()
+    job = jobs.find(id)
+    job.user_resume()
+    await job.react()
 
 
 @command("job-cancel")

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 _WELL_FORMED = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 #: How long, in seconds, a job that was cancelled because the daemon ends may go on until it sees that by itself.
 _CANCEL_TIMEOUT: Final = 5.0
+#: How long, in seconds, a command waits for the end of a job that has nothing else to do.
+_SOON: Final = 1.0
 
 
 class JobType(StrEnum):
@@ -94,7 +96,7 @@ VERBS: Final[dict[JobVerb, frozenset[JobStatus]]] = {
     JobVerb.PAUSE: _ACTIVE,
     JobVerb.RESUME: _ACTIVE,
     JobVerb.SET_SPEED: _ACTIVE,
-    JobVerb.COMPLETE: frozenset({_S.READY, _S.STANDBY}),
+    JobVerb.COMPLETE: frozenset({_S.READY}),
     JobVerb.FINALIZE: frozenset({_S.PENDING}),
     JobVerb.DISMISS: frozenset({_S.CONCLUDED}),
     JobVerb.CHANGE: _ACTIVE,
@@ -445,9 +447,16 @@ class Job:
         self.check_verb(JobVerb.CANCEL)
         # When it does not run, nothing is left to do that could take long.
         at_rest = self.status in (JobStatus.CREATED, JobStatus.WAITING, JobStatus.PENDING)
+        resting = self.resting
         self.cancel(force)
         if at_rest:
             await self.wait()
+        elif resting and self.cancelled:
+            await self.wait(_SOON)
+
+    async def react(self) -> None:
+        """A job that sleeps or stands still acts on what it was told before the command is answered."""
+        await asyncio.sleep(0)
 
     def cancel(self, force: bool = True) -> None:
         """End as soon as possible; without `force`, in the way of the job."""

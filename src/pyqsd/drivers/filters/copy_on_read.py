@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pyqsd.block import copy_up, freezing
@@ -55,6 +57,18 @@ class CopyOnRead(Filter):
     async def close(self) -> None:
         if self._bottom is not None:
             freezing.thaw(self.node, self._bottom)
+
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """The chain may be changed in this block, and afterwards; if it raises something, it is frozen again."""
+        assert self._bottom is not None
+        freezing.thaw(self.node, self._bottom)
+        try:
+            yield
+        except BaseException:
+            freezing.freeze(self.node, self._bottom)
+            raise
+        self._bottom = None
 
     def _bottom_is_below(self) -> bool:
         layer: Node | None = self.target

@@ -22,7 +22,7 @@ from pyqsd.drivers.formats.qcow2.options import settings as make_settings
 from pyqsd.drivers.formats.qcow2.tables import COPIED, OFFSET_MASK, Slice
 from pyqsd.drivers.formats.qcow2.unmap import Unmapper
 from pyqsd.drivers.formats.qcow2.write import Writer
-from pyqsd.qapi.errors import Error, from_oserror, strerror
+from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import Null
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Qcow2(Operations):
         try:
             await snapshot_ops.load(image, snapshot_ops.select(image, wanted))
         except OSError as exc:
-            raise from_oserror(exc, "Could not read the snapshot's L1 table") from exc
+            raise Error("Could not read the snapshot's L1 table", exc.errno or errno.EIO) from exc
 
     async def _open_backing(self) -> None:
         ref, header = self.options.backing, self.image.header
@@ -233,7 +233,7 @@ class Qcow2(Operations):
             await repairing.repair_dirty(self.image)
         except (OSError, Error) as exc:
             number = exc.errno or errno.EIO
-            raise Error(f"Could not repair dirty image: {strerror(number)}", number) from exc
+            raise Error("Could not repair dirty image", number) from exc
 
     async def close(self) -> None:
         self._stop_cleaning()
@@ -420,21 +420,23 @@ class Qcow2(Operations):
         zero = entry & tables.ZERO
         if not host and not zero and self.image.has_place(entry):
             return (min(n, length), _STORED, self._data, within)
+        if not host:
+            # There may be thousands of them.
+            end = min(at - (n - length) // size + 1, self._slice_mask + 1)
+            n = min(n + (tables.count_same(entries, at, end) - 1) * size, length)
+            return (n, ZERO | ALLOCATED if zero else 0, None, 0)
         following = host
         while n < length and at < self._slice_mask:
             at += 1
-            if host:
-                following += size
+            following += size
             entry = entries[at]
             if entry & tables.COMPRESSED or entry & tables.ZERO != zero or entry & OFFSET_MASK != following:
                 break
             n += size
         n = min(n, length)
         if not zero:
-            return (n, 0, None, 0) if not host else (n, _STORED, self._data, host + within)
-        if host:
-            return (n, ZERO | ALLOCATED | OFFSET_VALID, self._data, host + within)
-        return (n, ZERO | ALLOCATED, None, 0)
+            return (n, _STORED, self._data, host + within)
+        return (n, ZERO | ALLOCATED | OFFSET_VALID, self._data, host + within)
 
     def _map_extended(self, offset: int, length: int) -> Extent | None:
         """`map` with subclusters."""

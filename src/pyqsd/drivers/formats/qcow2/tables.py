@@ -28,6 +28,19 @@ ALL_ALLOCATED = (1 << 32) - 1
 ALL_ZERO = ALL_ALLOCATED << 32
 
 
+def count_same(entries: array[int], at: int, end: int) -> int:
+    """How many entries from `at` on, before `end`, are the same as that one."""
+    size = entries.itemsize
+    view = memoryview(entries).cast("B")
+    one = bytes(view[at * size : (at + 1) * size])
+    found = at + 1
+    for step in (512, 64, 8, 1):
+        pattern = one * step
+        while found + step <= end and view[found * size : (found + step) * size] == pattern:
+            found += step
+    return found - at
+
+
 class Slice(Cached):
     """A piece of an L2 table. `entries`: native integers; `pins`: requests that rely on this very object."""
 
