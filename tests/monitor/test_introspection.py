@@ -51,7 +51,6 @@ COMMANDS_NOT_WRITTEN = frozenset(
     [
         "block-commit",
         "blockdev-backup",
-        "blockdev-mirror",
         "drive-backup",
         "drive-mirror",
         "x-blockdev-set-iothread",

@@ -127,6 +127,7 @@ HEADER: dict[str, Patch] = {
     "extension-unknown": extension(0x12345678, 16, b"x" * 16),
     "extension-huge": extension(0x12345678, 0xFFFFFFFF, b"x" * 16),
     "extension-too-long": extension(0x12345678, 70000, b"x" * 16),
+    "extension-end-long": extension(0, 70000, b""),
     "extension-backing-format-long": extension(0xE2792ACA, 1000, b"x" * 16),
     "extension-backing-format": extension(0xE2792ACA, 5, b"nosuc\0\0\0"),
     "extension-bitmaps-short": extension(0x23852875, 8, b"x" * 8),

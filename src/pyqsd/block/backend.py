@@ -36,6 +36,8 @@ class BlockBackend:
     owner: Any = None
     #: How its edge is called.
     edge_name = "root"
+    #: Requests of the users of this node come to the backend's node as well, without going through it.
+    passed_on_by: Node | None = None
 
     def __init__(self, graph: Graph, description: str, perm: int, shared: int) -> None:
         self.graph = graph

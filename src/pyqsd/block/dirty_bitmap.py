@@ -10,6 +10,7 @@ Offsets, lengths and granularities are bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 from pyqsd.qapi.errors import Error
 
@@ -45,6 +46,9 @@ class DirtyBitmap:
     image cannot), `inconsistent` (the image holds a version that was never finished; it can only be removed),
     `successor` (it is frozen, and this one records in its place: see `pyqsd.block.node_bitmaps`).
     """
+
+    #: Users are not told of it.
+    hidden: ClassVar[bool] = False
 
     __slots__ = (
         "_chunk_bytes",

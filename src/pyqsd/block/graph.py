@@ -53,6 +53,8 @@ class Graph:
         self.objects: Objects | None = None
         self.nodes: dict[str, Node] = {}
         self.backends: list[BlockBackend] = []
+        #: The jobs that work on nodes, until they are forgotten, the oldest first.
+        self.block_jobs: list[Any] = []
         self._drains: list[_Drain] = []
         #: What nodes still have to do because their parents gave up permissions.
         self._after_perms: set[asyncio.Task[None]] = set()
@@ -368,6 +370,8 @@ def backends_above(node: Node) -> list[BlockBackend]:
                 visit(edge.parent)
             elif edge.parent not in found:
                 found.append(edge.parent)
+                if edge.parent.passed_on_by is not None:
+                    visit(edge.parent.passed_on_by)
 
     visit(node)
     return found

@@ -39,7 +39,6 @@ def default_child_perms(driver: Driver, child: Child, role: int, perm: int, shar
         need |= perms.CONSISTENT_READ
         # Nobody else may change the tables.
         share &= ~perms.WRITE
-        share |= perms.CONSISTENT_READ | perms.WRITE_UNCHANGED
     if role & (ROLE_METADATA | ROLE_DATA):
         if need & perms.WRITE:
             need |= perms.RESIZE

@@ -78,15 +78,12 @@ async def x_debug_query_block_graph(graph: Graph, /) -> XDbgBlockGraph:
         nodes.append(XDbgBlockGraphNode(id=number(backend), type=XDbgBlockGraphNodeType.BLOCK_BACKEND, name=""))
         if backend.edge is not None:
             add_edge(backend.edge)
-    edges_of: dict[Any, list[BlockBackend]] = {}
-    for backend in reversed(graph.backends):
-        if backend.owner is not None:
-            edges_of.setdefault(backend.owner, []).append(backend)
-    for job, backends in edges_of.items():
+    for job in reversed(graph.block_jobs):
         nodes.append(XDbgBlockGraphNode(id=number(job), type=XDbgBlockGraphNodeType.BLOCK_JOB, name=job.id or ""))
-        for backend in backends:
-            assert backend.edge is not None
-            add_edge(backend.edge)
+        for backend in reversed(graph.backends):
+            if backend.owner is job:
+                assert backend.edge is not None
+                add_edge(backend.edge)
     for node in nodes_in_order(graph):
         nodes.append(XDbgBlockGraphNode(id=number(node), type=XDbgBlockGraphNodeType.BLOCK_DRIVER, name=node.name))
         for child in reversed(node.children):
@@ -125,7 +122,7 @@ def device_info(node: Node, flat: bool, seen: dict[Node, ImageInfo]) -> BlockDev
     """What ``query-named-block-nodes`` tells about `node`; `seen` remembers images for further calls."""
     backing = node.driver.backing
     threshold = node.write_threshold
-    bitmaps = [bitmap_info(bitmap) for bitmap in reversed(node.dirty_bitmaps.values())]
+    bitmaps = [bitmap_info(bitmap) for bitmap in reversed(node.dirty_bitmaps.values()) if not bitmap.hidden]
     image = image_info(node, flat, seen)
     return BlockDeviceInfo(
         file=image.filename,

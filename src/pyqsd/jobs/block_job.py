@@ -151,6 +151,7 @@ class BlockJob(Job):
     ) -> None:
         super().__init__(jobs, id, auto_finalize=auto_finalize, auto_dismiss=auto_dismiss, group=group)
         self.graph = graph
+        graph.block_jobs.append(self)
         self.speed = 0
         self.io_status = BlockDeviceIoStatus.OK
         self.workers: Workers | None = None
@@ -216,6 +217,10 @@ class BlockJob(Job):
             self.close_backend(backend)
         self.remove_nodes()
         super().give_up()
+
+    def _remove(self) -> None:
+        super()._remove()
+        self.graph.block_jobs.remove(self)
 
     # --- what `run` uses ---------------------------------------------------------------------------------------------
 

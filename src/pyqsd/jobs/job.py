@@ -96,7 +96,7 @@ VERBS: Final[dict[JobVerb, frozenset[JobStatus]]] = {
     JobVerb.PAUSE: _ACTIVE,
     JobVerb.RESUME: _ACTIVE,
     JobVerb.SET_SPEED: _ACTIVE,
-    JobVerb.COMPLETE: frozenset({_S.READY}),
+    JobVerb.COMPLETE: frozenset({_S.READY, _S.STANDBY}),
     JobVerb.FINALIZE: frozenset({_S.PENDING}),
     JobVerb.DISMISS: frozenset({_S.CONCLUDED}),
     JobVerb.CHANGE: _ACTIVE,

@@ -21,6 +21,7 @@ MODULES = (
     "pyqsd.jobs.create",
     "pyqsd.jobs.amend",
     "pyqsd.jobs.transaction",
+    "pyqsd.jobs.mirror_commands",
     "pyqsd.exports.commands",
     "pyqsd.exports.nbd.commands",
     "pyqsd.qom.commands",

@@ -7,6 +7,7 @@ import json
 import random
 import resource
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ import pytest
 
 from pyqsd.block.graph import Graph
 from pyqsd.block.image_check import CheckResult
+from pyqsd.drivers.formats.qcow2 import header as headers
+from pyqsd.drivers.formats.qcow2.create import empty_image
 from pyqsd.drivers.formats.qcow2.options import Options
 from pyqsd.drivers.protocols.file import Options as FileOptions
 from pyqsd.qapi.command import EventBus
 from pyqsd.qapi.errors import Error
 from tests.support import images, peers
 
-from . import encrypted, unopenable
+from . import encrypted, mangled, test_check_repair, unopenable
 from .crash import after_kill, after_power_cut
 from .support import logged, opened, run
 
@@ -147,8 +150,8 @@ def test_repairs_beyond_qemu_img(name: str, sound: Sound, tmp_path: Path) -> Non
     assert_repaired(path, sound(case[0]), tmp_path)
 
 
-async def open_and_close(path: Path) -> None:
-    async with opened(path):
+async def open_and_close(path: Path, **options: Any) -> None:
+    async with opened(path, **options):
         pass
 
 
@@ -410,3 +413,105 @@ def test_errors_while_repairing(name: str, sound: Sound, tmp_path: Path) -> None
         assert not checked(path, "all").findings
         images.assert_clean(path)
     assert failed >= 5
+
+
+def test_hostile_snapshots_and_bitmaps(tmp_path: Path) -> None:
+    """Tens of thousands of tables that are all in the same place: the real program would read terabytes."""
+    path = tmp_path / "disk.qcow2"
+    size = 24 << 20
+    header = headers.decode(empty_image(1 << 20))
+    l1, table = 1 << 20, 16 << 20
+    snapshot = struct.pack(">QIHHIIQII", l1, 1 << 20, 0, 0, 1, 2, 3, 0, 24) + bytes(24)
+    bitmap = struct.pack(">QIIBBHI", table, 8192, 1, 1, 16, 6, 0)
+    for many in ("snapshots", "bitmaps"):
+        data = bytearray(empty_image(1 << 20)).ljust(size, b"\0")
+        if many == "snapshots":
+            count = 65536
+            entries = snapshot * count
+            header.nb_snapshots, header.snapshots_offset = count, table
+        else:
+            count = 65535
+            entries = b"".join(bitmap + b"%06d\0\0" % number for number in range(count))
+            header.nb_snapshots = header.snapshots_offset = 0
+            header.bitmaps = headers.BitmapsExtension(count, len(entries), l1)
+            header.autoclear = headers.AUTOCLEAR_BITMAPS
+        at = table if many == "snapshots" else l1
+        data[at : at + len(entries)] = entries
+        area = headers.encode(header)
+        data[: len(area)] = area
+        path.write_bytes(data)
+        began = time.process_time()
+        with pytest.raises(OSError, match="too many tables"):
+            checked(path, "all")
+        if many == "snapshots":
+            run(open_and_close(path, read_only=True))
+        # A bound for a loaded machine: it takes three seconds.
+        assert time.process_time() - began < 60
+        assert path.read_bytes() == data
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_damage(seed: int, sound: Sound, tmp_path: Path) -> None:
+    check_random_damage(tmp_path, sound, seed)
+
+
+def check_random_damage(root: Path, sound: Sound, seed: int) -> None:
+    """An image that does not open, with more that is wrong: the numbers are those of qemu-img, what is repaired is what
+    we say, and what can be read before reads the same afterwards."""
+    rnd = random.Random(seed)
+    path = root / "disk.qcow2"
+    name, (kind, patch) = rnd.choice(list((unopenable.LIKE_QEMU_IMG | unopenable.BETTER_THAN_QEMU_IMG).items()))
+    data = bytearray(sound(kind))
+    what = f"seed {seed}: {name}"
+    areas, length = metadata_areas(data), len(data)
+    if rnd.random() < 0.6:
+        what += f"; {mangled.damage(data, seed)}"
+    # It may have cut the file.
+    cut = len(data)
+    data += bytes(length - cut)
+    patch(data)
+    for _ in range(rnd.randrange(4)):
+        start, stop = rnd.choice(areas)
+        at = rnd.randrange(start, stop)
+        old = data[at] if at < len(data) else 0
+        data[at : at + 1] = bytes([rnd.choice((0, 1, 255, old ^ 1 << rnd.randrange(8), rnd.randrange(256)))])
+        what += f"; byte {at:#x} was {old}"
+    if cut < length:
+        del data[cut:]
+    path.write_bytes(data)
+    try:
+        found = numbers(checked(path))
+    except (Error, OSError):
+        found = None
+    assert path.read_bytes() == data, what
+    right = judged(path)
+    if isinstance(right, dict):
+        assert found == right, what
+    try:
+        before = test_check_repair.content(path)
+    except (Error, OSError):
+        before = {}
+    try:
+        repaired = checked(path, "all")
+    except (Error, OSError):
+        return
+    after = judged(path)
+    if not repaired.findings:
+        assert isinstance(after, dict), what
+        run(open_and_close(path))
+    if isinstance(after, dict):
+        assert (after["corruptions"], after["leaks"]) == (repaired.corruptions, repaired.leaks), what
+        content = test_check_repair.content(path)
+        assert all(content[at] == before[at] for at in content.keys() & before.keys()), what
+
+
+def metadata_areas(data: bytes | bytearray) -> list[tuple[int, int]]:
+    """Where the header of a sound image has its fields, and its tables of snapshots and bitmaps."""
+    # But for the kind of encryption, which only takes a key.
+    areas = [(24, 32), (36, 104)]
+    if unopenable.u32(data, 60):
+        areas.append((unopenable.snapshot_at(data, 0), unopenable.snapshot_at(data, unopenable.u32(data, 60))))
+    if unopenable.u32(data, 4) >= 3 and data[95] & headers.AUTOCLEAR_BITMAPS:
+        extension, directory = unopenable.extension_at(data, unopenable.BITMAPS), unopenable.directory_at(data)
+        areas += [(extension - 8, extension + 24), (directory, directory + 64)]
+    return areas

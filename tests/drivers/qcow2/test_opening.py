@@ -11,13 +11,16 @@ from typing import Any
 import pytest
 
 from pyqsd.block.graph import Graph
+from pyqsd.block.options import BlockdevOptions
 from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.create import empty_image
 from pyqsd.drivers.formats.qcow2.driver import Qcow2
 from pyqsd.drivers.formats.qcow2.options import Options
 from pyqsd.drivers.protocols.file import Options as FileOptions
 from pyqsd.qapi.command import EventBus
+from pyqsd.qapi.convert import convert
 from pyqsd.qapi.errors import Error
+from tests.drivers.qcow2 import unopenable
 from tests.drivers.qcow2.support import close, opened, run
 from tests.support import images
 
@@ -295,3 +298,40 @@ def test_not_created(how: dict[str, Any], words: str) -> None:
     with pytest.raises(Error) as caught:
         empty_image(size, **how)
     assert caught.value.desc.startswith(words)
+
+
+READ_ERRORS = {
+    "header": ("snapshots", lambda data: 0),
+    "L1 table": ("snapshots", lambda data: unopenable.u64(data, 40)),
+    "refcount table": ("snapshots", lambda data: unopenable.u64(data, 48)),
+    "snapshot table": ("snapshots", lambda data: unopenable.u64(data, 64)),
+    "directory": ("bitmaps", unopenable.directory_at),
+    "table of a bitmap": ("bitmaps", lambda data: unopenable.u64(data, unopenable.directory_at(data))),
+}
+
+
+@pytest.mark.parametrize("name", [*READ_ERRORS, "repair"])
+def test_errors_below(name: str, sound: Callable[[str], bytes], tmp_path: Path) -> None:
+    """What cannot be read, or written, is said with the reason."""
+    kind, where = READ_ERRORS.get(name, ("plain", lambda data: 0))
+    image = bytearray(sound(kind))
+    rule: dict[str, Any] = {"event": "none", "errno": 5, "immediately": True}
+    if name == "repair":
+        image[79] |= headers.INCOMPAT_DIRTY
+        rule["iotype"] = "write"
+    else:
+        rule |= {"iotype": "read", "sector": where(image) // 512}
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image)
+    file = {"driver": "blkdebug", "image": {"driver": "file", "filename": str(path)}, "inject-error": [rule]}
+    tree = {"driver": "qcow2", "node-name": "q", "file": file}
+    said = images.peers.run("qemu-storage-daemon", "--blockdev", json.dumps(tree), ok=(1,)).stderr
+
+    async def main() -> str:
+        with pytest.raises(Error) as caught:
+            await Graph(EventBus()).add(convert(tree, BlockdevOptions))
+        return caught.value.desc
+
+    desc = run(main())
+    assert "Input/output error" in desc
+    assert said.endswith(f": {desc}\n")

@@ -22,7 +22,7 @@ from pyqsd.drivers.formats.qcow2.options import settings as make_settings
 from pyqsd.drivers.formats.qcow2.tables import COPIED, OFFSET_MASK, Slice
 from pyqsd.drivers.formats.qcow2.unmap import Unmapper
 from pyqsd.drivers.formats.qcow2.write import Writer
-from pyqsd.qapi.errors import Error
+from pyqsd.qapi.errors import Error, from_oserror, strerror
 from pyqsd.qapi.types import Null
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Qcow2(Operations):
         try:
             await snapshot_ops.load(image, snapshot_ops.select(image, wanted))
         except OSError as exc:
-            raise Error("Could not read the snapshot's L1 table", exc.errno or errno.EIO) from exc
+            raise from_oserror(exc, "Could not read the snapshot's L1 table") from exc
 
     async def _open_backing(self) -> None:
         ref, header = self.options.backing, self.image.header
@@ -233,7 +233,7 @@ class Qcow2(Operations):
             await repairing.repair_dirty(self.image)
         except (OSError, Error) as exc:
             number = exc.errno or errno.EIO
-            raise Error("Could not repair dirty image", number) from exc
+            raise Error(f"Could not repair dirty image: {strerror(number)}", number) from exc
 
     async def close(self) -> None:
         self._stop_cleaning()

@@ -57,6 +57,7 @@ EXT_DATA_FILE = 0x44415441
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 _EXT = struct.Struct(">II")
+_BITMAPS_BYTES = 24
 _FEATURE = struct.Struct(">BB46s")
 
 #: Clusters up to this size (bytes) are kept for more important things than the feature name table, as QEMU does.
@@ -316,10 +317,11 @@ def _walk(first: bytes, start: int, end: int) -> Iterator[tuple[int, bytes]]:
         head = first[at : at + 8].ljust(8, b"\0")
         magic, length = _EXT.unpack(head)
         at += 8
-        if magic == EXT_END:
-            break
+        # The end has a length, too.
         if at > end or length > end - at:
             raise Error("Header extension too large", errno.EINVAL)
+        if magic == EXT_END:
+            break
         yield magic, first[at : at + length].ljust(length, b"\0")
         at += (length + 7) & ~7
 
@@ -377,6 +379,9 @@ def decode_extensions(header: Header, first: bytes | bytearray, check_only: bool
                 if not check_only:
                     raise
                 header.bitmaps, header.bitmaps_error = None, exc.desc
+                if len(data) != _BITMAPS_BYTES:
+                    # What follows may be anything; extensions that matter more are before it.
+                    break
     if header.crypt_method == CRYPT_LUKS and header.extension(EXT_CRYPTO) is None:
         raise Error(f"Missing CRYPTO header for crypt method {header.crypt_method}", errno.EINVAL)
 
@@ -394,7 +399,7 @@ def encryption_extension(offset: int, length: int) -> tuple[int, bytes]:
 
 
 def _decode_bitmaps(header: Header, data: bytes) -> None:
-    if len(data) != 24:
+    if len(data) != _BITMAPS_BYTES:
         raise Error("bitmaps_ext: Invalid extension length", errno.EINVAL)
     if not header.autoclear & AUTOCLEAR_BITMAPS:
         # The spec: without its autoclear bit the extension is inconsistent.

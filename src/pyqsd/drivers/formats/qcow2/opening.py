@@ -18,7 +18,7 @@ from pyqsd.drivers.formats.qcow2.overlap import MetadataMap
 from pyqsd.drivers.formats.qcow2.refcounts import REFTABLE_MASK, Refcounts
 from pyqsd.drivers.formats.qcow2.tables import OFFSET_MASK, L2Tables
 from pyqsd.drivers.formats.qcow2.writeback import WriteBack
-from pyqsd.qapi.errors import Error
+from pyqsd.qapi.errors import Error, from_oserror
 
 if TYPE_CHECKING:
     from pyqsd.block.node import Node
@@ -38,7 +38,7 @@ async def read_header(node: Node, file: Node, options: Options) -> headers.Heade
         if first[:4] == headers.MAGIC and headers.MIN_CLUSTER_BITS <= bits <= headers.MAX_CLUSTER_BITS:
             first = await file.pread(0, 1 << bits)
     except OSError as exc:
-        raise Error("Could not read qcow2 header", exc.errno or errno.EIO) from exc
+        raise from_oserror(exc, "Could not read qcow2 header") from exc
     header = headers.decode(first, node.check_only)
     if header.incompatible & headers.INCOMPAT_CORRUPT and not node.read_only:
         raise Error("qcow2: Image is corrupt; cannot be opened read/write", errno.EACCES)
@@ -100,15 +100,15 @@ async def open_image(node: Node, file: Node, header: headers.Header, options: Op
     try:
         await image.l2.read_l1()
     except OSError as exc:
-        raise Error("Could not read L1 table", exc.errno or errno.EIO) from exc
+        raise from_oserror(exc, "Could not read L1 table") from exc
     try:
         await image.refcounts.read_table()
     except OSError as exc:
-        raise Error("Could not initialize refcount handling", exc.errno or errno.EIO) from exc
+        raise from_oserror(exc, "Could not initialize refcount handling") from exc
     try:
         image.snapshots = await read_snapshots(file, header, image.surplus if node.check_only else None)
     except OSError as exc:
-        raise Error("Failed to read snapshot table", exc.errno or errno.EIO) from exc
+        raise from_oserror(exc, "Failed to read snapshot table") from exc
     image.meta = await metadata_map(image, image.settings.overlap)
     return image
 
@@ -189,11 +189,10 @@ async def metadata_map(image: Image, overlap: frozenset[str]) -> MetadataMap:
             # It may pretend to be huge.
             size = min(size, max(0, image.file.length - header.snapshots_offset))
         meta.add("snapshot_table", header.snapshots_offset >> bits, (size + mask) >> bits)
-    for one in image.snapshots:
-        if one.l1_offset & mask or one.l1_size > headers.MAX_L1_BYTES // 8:
-            continue
-        meta.add("inactive_l1", one.l1_offset >> bits, (one.l1_size * 8 + mask) >> bits)
-        if "inactive_l2" in overlap:
+    inactive = [one for one in image.snapshots if not one.l1_offset & mask and one.l1_size <= headers.MAX_L1_BYTES // 8]
+    meta.set_inactive_l1((one.l1_offset >> bits, (one.l1_size * 8 + mask) >> bits) for one in inactive)
+    if "inactive_l2" in overlap:
+        for one in inactive:
             table = await read_table(image.file, one.l1_offset, one.l1_size)
             meta.add_many("inactive_l2", _clusters(table, OFFSET_MASK, bits))
     if header.bitmaps is not None and header.autoclear & headers.AUTOCLEAR_BITMAPS:
@@ -223,4 +222,4 @@ async def read_bitmaps(image: Image) -> list[StoredBitmap]:
         data = await image.file.pread(directory.directory_offset, directory.directory_size)
         return bitmap_format.decode_directory(data, directory.count, image.cluster_size, image.header.size)
     except OSError as exc:
-        raise Error("Failed to read bitmap directory", exc.errno or errno.EIO) from exc
+        raise from_oserror(exc, "Failed to read bitmap directory") from exc

@@ -585,8 +585,19 @@ class Refcounts:
                 runs.append((cluster, 1))
         return runs
 
+    def in_one_block(self, first: int, count: int) -> int:
+        """How many of these clusters, from the first one on, have their counts in the same block."""
+        return min(count, self.block_entries - (first & (self.block_entries - 1)))
+
+    async def room_for(self, cluster: int) -> None:
+        """Make room for the block of a cluster, if it is not in memory. Raises OSError if that takes a write, which
+        fails."""
+        if cluster >> self.block_bits not in self.blocks:
+            await self.make_room()
+
     async def decrease(self, first: int, count: int) -> None:
-        """Lower the counts by one, because nothing on disk refers to these clusters any more. Raises OSError."""
+        """Lower the counts by one, because nothing on disk refers to these clusters any more. Raises OSError; among
+        clusters that are in one block (`in_one_block`) no count is lower then."""
         for cluster in range(first, first + count):
             block = await self.load(cluster >> self.block_bits)
             if block is None:

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import sys
 from array import array
 from typing import TYPE_CHECKING
 
@@ -194,20 +196,38 @@ class WriteBack:
         )
 
     async def _apply_frees(self, frees: list[tuple[int, int, str]]) -> None:
+        """Lower the counts of these clusters, in memory. Raises OSError where the cache of counts has no room because
+        it could not be written; then the rest is left for the next round."""
         image = self.image
-        for position, (first, count, kind) in enumerate(frees):
-            image.event("cluster_free")
-            try:
-                # The space goes back before the count goes down: a cluster that is free may be written to at once.
-                if self.passes(kind):
-                    for start, n in await image.refcounts.last_references(first, count):
-                        await self.discard(image.file, start << image.cluster_bits, n << image.cluster_bits)
-                await image.refcounts.decrease(first, count)
-            except OSError:
-                # Leaked, no worse; the rest of them may still work out.
-                if position == len(frees) - 1:
-                    raise
-                continue
+        left = frees[::-1]
+        try:
+            while left:
+                image.event("cluster_free")
+                while left[-1][1]:
+                    first, count, kind = left[-1]
+                    n = image.refcounts.in_one_block(first, count)
+                    await self._free(first, n, kind)
+                    left[-1] = (first + n, count - n, kind)
+                left.pop()
+        except BaseException:
+            image.frees = left[::-1] + image.frees
+            image.freed_clusters += sum(count for _, count, _ in left)
+            raise
+
+    async def _free(self, first: int, count: int, kind: str) -> None:
+        """The same for some clusters whose counts are in one block: all of them, or none."""
+        image = self.image
+        await image.refcounts.room_for(first)
+        try:
+            # The space goes back before the count goes down: a cluster that is free may be written to at once.
+            if self.passes(kind):
+                for start, n in await image.refcounts.last_references(first, count):
+                    await self.discard(image.file, start << image.cluster_bits, n << image.cluster_bits)
+            await image.refcounts.decrease(first, count)
+        except OSError as exc:
+            image.check_usable()
+            # The block cannot be read. They leak, no worse; the others may still work out. QSD's words.
+            print(f"qcow2_free_clusters failed: {os.strerror(exc.errno or errno.EIO)}", file=sys.stderr)
 
     async def discard(self, node: Node, offset: int, length: int) -> None:
         """Give space of the image file, or of the data file, back; that may fail without harm."""

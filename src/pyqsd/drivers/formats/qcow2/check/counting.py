@@ -7,6 +7,7 @@ with its blocks. What cannot be is counted as a corruption, and the walk goes on
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +40,10 @@ _REFTABLE_RESERVED = 0x1FF
 _BITMAP_RESERVED = -(1 << 56) | 0x1FE
 #: L2 tables that are remembered before they are looked at, so that those that snapshots share are read once.
 _MOST_PENDING = 4 << 20
+#: Tables of sound images do not overlap, so that all together are not larger than the file. How much is read of L1
+#: tables and those of bitmaps: so many times that size, and so many bytes in any case.
+_READ_MOST = 4
+_READ_ALWAYS = 1 << 30
 # What is found, where something depends on it.
 _BEYOND = "references to clusters beyond the end of the file"
 _OVERFLOW = "references that are too many for the refcount width"
@@ -83,6 +88,7 @@ class Walk:
         self.missing = False
         self._fix = fix
         self._fixed: list[tuple[int, bytes]] = []
+        self._readable = _READ_ALWAYS + _READ_MOST * image.file.length
         self._pending: list[tuple[Ints, Ints, bool]] = []
         self._pending_size = 0
 
@@ -121,13 +127,22 @@ class Walk:
         self.result.corrupt(_OVERFLOW, self.references.overflows)
         self.references.beyond = self.references.overflows = 0
 
+    async def _read(self, offset: int, count: int) -> Ints:
+        """The entries of a table, as far as the file has it: zeroes follow. Raises OSError, also where there is so much
+        to read that it would never end."""
+        count = min(count, max(0, self.file.length - offset + 7) >> 3)
+        self._readable -= count * 8
+        if self._readable < 0:
+            raise OSError(errno.EFBIG, "The image has too many tables to be checked")
+        return await read_entries(self.file, offset, count)
+
     # --- L1 and L2 ---------------------------------------------------------------------------------------------------
 
     async def _l1(self, offset: int, size: int, active: bool) -> None:
         if not size:
             return
         self.references.add_bytes(offset, size * 8)
-        entries = await read_entries(self.file, offset, size)
+        entries = await self._read(offset, size)
         offsets, times = await worked(len(entries) * 8, self._l1_entries, entries)
         self._pending.append((offsets, times, active))
         self._pending_size += len(offsets)
@@ -274,9 +289,8 @@ class Walk:
         before = references.beyond, result.corruptions
         references.add_bytes(one.table_offset, one.table_entries * 8)
         for start in range(0, one.table_entries, BATCH_BYTES >> 3):
-            n = min(one.table_entries - start, BATCH_BYTES >> 3)
-            entries = await read_entries(self.file, one.table_offset + start * 8, n)
-            await worked(n * 8, self._bitmap_entries, entries)
+            entries = await self._read(one.table_offset + start * 8, min(one.table_entries - start, BATCH_BYTES >> 3))
+            await worked(entries.nbytes, self._bitmap_entries, entries)
         wanted = bitmap_format.data_clusters(self.image.header.size & ~511, one.granularity_bits, self.layout.size)
         # The disk may have been resized since one that is in use was stored.
         result.corrupt(_MISFIT, not one.in_use and one.table_entries != wanted)
