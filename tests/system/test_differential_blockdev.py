@@ -421,6 +421,29 @@ SESSIONS = [
         images=("base.qcow2", "mid.qcow2", "top.qcow2", "raw.img", "rawback.qcow2"),
     ),
     Session(
+        # Nothing but the backing file has to be waited for.
+        "backing-implicit-over-a-node",
+        [
+            add(driver="file", node_name="f", filename="top.qcow2"),
+            *(
+                step
+                for _ in range(2)
+                for step in (
+                    add(driver="qcow2", node_name="top", file="f"),
+                    cmd("query-named-block-nodes"),
+                    delete("top"),
+                )
+            ),
+            add(driver="raw", node_name="r", file={"driver": "qcow2", "file": "f"}),
+            cmd("query-named-block-nodes", flat=True),
+            delete("r"),
+            add(driver="qcow2", node_name="a", read_only=True, file={"driver": "file", "filename": "mid.qcow2"}),
+            delete("f"),
+            delete("a"),
+        ],
+        images=("base.qcow2", "mid.qcow2", "top.qcow2"),
+    ),
+    Session(
         "backing-explicit",
         [
             qcow2("base", "base.qcow2", read_only=True),

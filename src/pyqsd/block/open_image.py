@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import stat
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from enum import Enum
 from functools import cache
 from types import NoneType
@@ -84,12 +84,12 @@ async def open_child_image(node: Node, child_name: str, filename: str, fmt: str 
         tree["driver"] = await _probe(node, tree["file"], full)
     identity = check_policy(node, tree)
     options = to_options(tree)
-    token = _opening.set((*_opening.get(), identity))
-    try:
-        # A task of its own, because chains may be longer than the interpreter's stack is deep.
-        return await asyncio.get_running_loop().create_task(node.open_child(child_name, options, role))
-    finally:
-        _opening.reset(token)
+    # A task of its own, because chains may be longer than the interpreter's stack is deep. It has a context of its own,
+    # because this may have begun outside of any task, and go on in one.
+    context = copy_context()
+    context.run(_opening.set, (*_opening.get(), identity))
+    opening = node.open_child(child_name, options, role)
+    return await asyncio.get_running_loop().create_task(opening, context=context)
 
 
 def check_policy(node: Node, tree: _Tree) -> Any:
