@@ -144,7 +144,54 @@ def writes_session(name: str, options: str) -> Session:
     )
 
 
+def direct_session(name: str, options: str, *, copy_on_read: bool = False) -> Session:
+    """Past the page cache, with requests that neither the file nor a cluster is aligned to."""
+    file = {"driver": "file", "filename": "disk.qcow2", "cache": {"direct": True}}
+    q = add(**below(file=file, cache={"direct": True}))
+    if copy_on_read:
+        q = add(driver="copy-on-read", node_name="q", file={**below(file=file), "node-name": "q0"})
+    return Session(
+        f"compress-direct-{name}",
+        [
+            make("disk.qcow2", "2M", options, *COMMANDS),
+            NBD_START,
+            q,
+            over(cache={"direct": True}),
+            export("c"),
+            requests(
+                "unaligned",
+                "c",
+                ("pwrite", 512 * K + 1, filler(1, 1)),
+                ("pwrite", 576 * K + 511, filler(2, 1026)),
+                ("pwrite", 640 * K + 700, filler(3, CLUSTER - 700)),
+                ("pwrite", 704 * K + 3, filler(4, 2 * CLUSTER)),
+                ("pwrite", 1024 * K, filler(5, 4096 + 17), FUA),
+                ("pwrite", 1088 * K - 1, filler(6, 1)),
+                ("pwrite", 1856 * K - 1, filler(6, 2)),
+                ("pwrite", 1152 * K + 9, NOISE[: CLUSTER + 100]),
+                ("pwrite", 1408 * K + 9, NOISE[:1000]),
+                ("pwrite", 2048 * K - 600, filler(7, 600)),
+                ("zero", 1536 * K + 1, CLUSTER),
+                ("pread", 500 * K + 1, 600 * K),
+                ("pread", 1088 * K - 3, 900 * K),
+                ("flush",),
+            ),
+            unexport("c"),
+            delete("c"),
+            delete("q"),
+            MAPPED,
+            add(**below(file=file)),
+            export("q"),
+            requests("without the filter", "q", ("pread", 0, 1024 * K), ("pread", 1024 * K, 1024 * K)),
+        ],
+    )
+
+
 SESSIONS = [
+    direct_session("zlib", ""),
+    direct_session("zstd", "compression_type=zstd"),
+    direct_session("extended", "extended_l2=on"),
+    direct_session("copy-on-read", "", copy_on_read=True),
     writes_session("zlib", ""),
     writes_session("zstd", "compression_type=zstd"),
     writes_session("extended", "extended_l2=on"),

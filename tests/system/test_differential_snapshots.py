@@ -15,6 +15,7 @@ from tests.system.differential import Context, Do, Session, add, check_session, 
 
 TAKE = "blockdev-snapshot-internal-sync"
 DELETE = "blockdev-snapshot-delete-internal-sync"
+CREATE = ("qemu-img", "create", "-q", "-f", "qcow2", "-o")
 TIMES = ("date-sec", "date-nsec", "vm-clock-sec", "vm-clock-nsec")
 
 
@@ -25,6 +26,10 @@ def make(name: str, *commands: str, options: str = "", size: str = "1M", fmt: st
             images.io(path, *commands, fmt=fmt)
 
     return Do(f"make {name}", run)
+
+
+def file(name: str) -> dict[str, Any]:
+    return {"driver": "file", "filename": f"{name}.qcow2"}
 
 
 def tool(*argv: str) -> Do:
@@ -102,6 +107,41 @@ SESSIONS = [
             LIST,
             # QSD does not list it any more after this, though it is there.
             gone(device="a", name="again"),
+        ],
+    ),
+    Session(
+        # The data file has no counts.
+        "snapshots-data-file",
+        [
+            tool(*CREATE, "data_file=a.raw", "a.qcow2", "1M"),
+            tool(*CREATE, "data_file=b.raw,data_file_raw=on", "b.qcow2", "1M"),
+            tool(*CREATE, "data_file=c.raw,extended_l2=on", "c.qcow2", "1M"),
+            tool("qemu-io", "-c", "write -q -P 1 0 512k", "a.qcow2"),
+            *(
+                step
+                for name in ("a", "b", "c")
+                for step in (
+                    qcow2(name),
+                    cmd(TAKE, device=name, name="s"),
+                    cmd(TAKE, device=name, name=""),
+                    cmd(TAKE, device=name, name="s" * 300),
+                    gone(device=name, name="s"),
+                    gone(device=name, id="1"),
+                    gone(device=name),
+                    LIST,
+                    delete(name),
+                    tool("qemu-img", "check", f"{name}.qcow2"),
+                    qcow2(name, read_only=True),
+                    cmd(TAKE, device=name, name="s"),
+                    gone(device=name, name="s"),
+                    delete(name),
+                )
+            ),
+            # Through a filter, and as the file of another node.
+            add(driver="copy-on-read", node_name="over", file={"driver": "qcow2", "file": file("a"), "node-name": "q"}),
+            cmd(TAKE, device="over", name="s"),
+            cmd(TAKE, device="q", name="s"),
+            gone(device="over", name="s"),
         ],
     ),
     Session(
