@@ -205,7 +205,7 @@ class BlockBackend:
         return edge is not None and not self.quiesced and edge.node.reads_as_zeroes_now(offset, length)
 
     def write_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
-        """Write the whole range in place if that takes no waiting; False otherwise."""
+        """Write the whole range if that takes no waiting; False otherwise, with nothing or part of it written."""
         edge = self.edge
         if edge is None or self.quiesced or not edge.perm & perms.WRITE:
             return False

@@ -233,7 +233,7 @@ class Node:
         return backing.node.read_now(offset, length, iov)
 
     def write_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
-        """Write the whole range in place if that takes no waiting; False otherwise, and the caller writes it all with
+        """Write the whole range if that takes no waiting; False otherwise, and the caller writes it all again with
         `pwritev`. The caller holds the permission to write."""
         end = offset + length
         if end > self.length or offset < 0 or self._serialising or self.detect_zeroes != "off":

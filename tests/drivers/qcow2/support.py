@@ -10,11 +10,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
+
 from pyqsd.block.driver import MAY_UNMAP, NO_FALLBACK, Driver
 from pyqsd.block.extents import ALLOCATED, DATA, Extent
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
 from pyqsd.block.options import BlockdevOptions
+from pyqsd.drivers.formats.qcow2 import write
 from pyqsd.drivers.formats.qcow2.options import Options
 from pyqsd.drivers.protocols.file import Options as FileOptions
 from pyqsd.qapi.command import Event, EventBus
@@ -80,6 +83,10 @@ class LogFile(Driver):
         self.log: list[tuple[Any, ...]] = []
         #: Called with the kind of each request; may raise OSError.
         self.fault: Any = None
+        #: How many of all reads and writes are done without waiting.
+        self.inline = 0.0
+        #: How many were.
+        self.inline_writes = 0
         self.random = random.Random(1)
 
     async def open(self) -> None:
@@ -98,10 +105,21 @@ class LogFile(Driver):
         return (length, DATA | ALLOCATED, None, 0)
 
     def read_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
-        return False
+        if self.random.random() >= self.inline:
+            return False
+        self._read(offset, iov)
+        return True
 
     def write_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
-        return False
+        if self.random.random() >= self.inline:
+            return False
+        data = b"".join(iov)
+        if self.fault is not None or self.random.random() < 0.05:
+            # It breaks off behind some sector.
+            data = data[: max(0, ((offset + self.random.randrange(length)) & ~511) - offset)]
+        self._write(offset, data)
+        self.inline_writes += len(data) == length
+        return len(data) == length
 
     async def _pass(self, kind: str) -> None:
         for _ in range(self.random.randrange(3)):
@@ -117,6 +135,9 @@ class LogFile(Driver):
 
     async def preadv(self, offset: int, length: int, iov: list[memoryview]) -> None:
         await self._pass("read")
+        self._read(offset, iov)
+
+    def _read(self, offset: int, iov: list[memoryview]) -> None:
         for view in iov:
             view[:] = self.data[offset : offset + len(view)].ljust(len(view), b"\0")
             offset += len(view)
@@ -125,8 +146,11 @@ class LogFile(Driver):
         await self._pass("write")
         data = b"".join(iov)
         assert len(data) == length
-        self._extend(offset + length)
-        self.data[offset : offset + length] = data
+        self._write(offset, data)
+
+    def _write(self, offset: int, data: bytes) -> None:
+        self._extend(offset + len(data))
+        self.data[offset : offset + len(data)] = data
         self.log.append(("write", offset, data))
 
     async def pwrite_zeroes(self, offset: int, length: int, flags: int) -> None:
@@ -195,6 +219,12 @@ async def open_logged(
     options.setdefault("node_name", f"q{len(graph.nodes)}")
     node = await graph.add(Options(file=driver.node.name, **options))
     return node, driver
+
+
+def never_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes to new clusters are always tried without waiting, whatever became of the last ones."""
+    monkeypatch.setattr(write, "_PAUSE_FIRST", 0)
+    monkeypatch.setattr(write, "_PAUSE_LONGEST", 0)
 
 
 class Model:

@@ -17,7 +17,7 @@ from pyqsd.block.node import Node
 from pyqsd.drivers.formats.qcow2.create import empty_image
 from tests.drivers.qcow2 import encrypted
 from tests.drivers.qcow2.crash import after_kill, after_power_cut
-from tests.drivers.qcow2.support import LogFile, close, open_logged, run
+from tests.drivers.qcow2.support import LogFile, close, never_pause, open_logged, run
 from tests.support import images
 
 SECTOR = 512
@@ -126,15 +126,22 @@ def _judge(
     history.check(images.read_all(path, "qcow2", tmp_path / "raw"), cut)
 
 
+#: How many writes take no waiting: see `Writer.write_now`.
+_INLINE = 0.8
+_WAYS = [*((name, 0.0) for name in VARIANTS), *((name, _INLINE) for name in ("64k", "lazy", "extended", "tiny-caches"))]
+
+
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_every_cut(tmp_path: Path, name: str, power: bool) -> None:
+@pytest.mark.parametrize(("name", "inline"), _WAYS)
+def test_every_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, inline: float, power: bool) -> None:
+    never_pause(monkeypatch)
     creation, options, size, largest = VARIANTS[name]
     image = empty_image(size, **creation)
     history = History(size)
 
     async def main() -> list[tuple[Any, ...]]:
         node, below = await open_logged(image, **options)
+        below.inline = inline
         await _requests(node, below, history, len(name), 60, largest)
         complete = len(history.writes)
         await close(node)
@@ -153,13 +160,52 @@ def test_every_cut(tmp_path: Path, name: str, power: bool) -> None:
 
 
 @pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
+@pytest.mark.parametrize("options", ["cluster_size=4k", "extended_l2=on,cluster_size=64k"])
+def test_overlay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, power: bool) -> None:
+    """What is copied without waiting is there before the clusters are."""
+    never_pause(monkeypatch)
+    size = 1 << 20
+    base = tmp_path / "base"
+    base.write_bytes(random.Random(1).randbytes(size - 5 * SECTOR))
+    before = base.read_bytes() + bytes(5 * SECTOR)
+    path = images.create(tmp_path / "disk", size, options=options, backing=base, backing_format="raw")
+    image = path.read_bytes()
+    history = History(size, before)
+
+    async def main() -> list[tuple[Any, ...]]:
+        node, below = await open_logged(image)
+        below.inline = _INLINE
+        await _requests(node, below, history, 3, 60, 20_480)
+        complete = len(history.writes)
+        await close(node)
+        history.flushes.append((len(below.log), complete))
+        assert below.inline_writes > 10
+        return below.log
+
+    log = run(main())
+    rnd = random.Random(f"{options}{power}")
+    for cut in [*sorted(rnd.sample(range(1, len(log)), 16)), len(log)]:
+        crashed = after_power_cut(image, log, cut, rnd) if power else after_kill(image, log, cut)
+        _judge(tmp_path, options, crashed, history, cut, dirty_ok=False)
+
+
+@pytest.mark.parametrize("inline", [0.0, _INLINE])
+@pytest.mark.parametrize("power", [False, True], ids=["kill", "power"])
 @pytest.mark.parametrize(
     ("method", "creation"),
     [("luks", {"cluster_size": 4096}), ("luks", {"cluster_size": 16384, "extended_l2": True}), ("aes", {})],
     ids=["luks", "luks-extended", "aes"],
 )
-def test_encrypted(tmp_path: Path, method: str, creation: dict[str, Any], power: bool) -> None:
+def test_encrypted(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    creation: dict[str, Any],
+    power: bool,
+    inline: float,
+) -> None:
     """What surrounds a write in its cluster is there and encrypted before the cluster is."""
+    never_pause(monkeypatch)
     size = 1 << 20
     image = encrypted.make(tmp_path / "disk", size, method, **creation).read_bytes()
     history = History(size)
@@ -167,6 +213,7 @@ def test_encrypted(tmp_path: Path, method: str, creation: dict[str, Any], power:
     async def main() -> list[tuple[Any, ...]]:
         graph = await encrypted.graph_with_secret()
         node, below = await open_logged(image, graph, encrypt=encrypted.key(method))
+        below.inline = inline
         await _requests(node, below, history, len(method), 50, 300_032)
         complete = len(history.writes)
         await close(node)

@@ -205,7 +205,7 @@ class Qcow2(Operations):
 
         kind = encrypted.EncryptingExtendedWriter if self.image.extended else encrypted.EncryptingWriter
         self._writer = kind(self.image, self._unpacked, encryption)
-        self._access = encrypted.Access(encryption, self.map, self.map_write)
+        self._access = encrypted.Access(encryption, self.map, self.map_write, self._write_new_now)
         for name in ("map", "map_write", "read_now", "write_now"):
             setattr(self, name, getattr(self._access, name))
 
@@ -630,6 +630,29 @@ class Qcow2(Operations):
         first = (offset >> self._bits) & self._slice_mask
         stop = first + (((offset & self._mask) + length + self._mask) >> self._bits)
         return list(found.entries[first * l2.words : stop * l2.words : l2.words])
+
+    def write_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        done = 0
+        while True:
+            left = length - done
+            target = self.map_write(offset + done, left)
+            if target is not None:
+                n, node, at = target
+                if n == length:
+                    return node.write_now(at, length, iov)
+                if not node.write_now(at, n, iovs.part(iov, done, n)):
+                    return False
+            else:
+                n = self._write_new_now(offset + done, left, iovs.part(iov, done, left) if done else iov)
+                if not n:
+                    return False
+            done += n
+            if done == length:
+                return True
+
+    def _write_new_now(self, offset: int, length: int, iov: list[memoryview]) -> int:
+        """Write a prefix of the range to clusters in which nothing is stored, if that takes no waiting: its length."""
+        return self._writer.write_now(offset, length, iov) if self._ready else 0
 
     async def pwritev(self, offset: int, length: int, iov: list[memoryview], flags: int) -> None:
         if not self._ready:

@@ -256,17 +256,20 @@ async def open_encryption(image: Image, key_secret: str | None) -> Encryption:
 
 class Access:
     """The driver's way to encrypted clusters: it takes the place of the methods of these names. `map` and `map_write`
-    of the driver say where clusters are, and this that nobody but the driver can read and write them."""
+    of the driver say where clusters are, and this that nobody but the driver can read and write them. `write_new_now`
+    writes a prefix of a range to new clusters."""
 
     def __init__(
         self,
         encryption: Encryption,
         map: Callable[[int, int], Extent | None],
         map_write: Callable[[int, int], tuple[int, Node, int] | None],
+        write_new_now: Callable[[int, int, list[memoryview]], int],
     ) -> None:
         self._encryption = encryption
         self.where = map
         self._where_to_write = map_write
+        self._write_new_now = write_new_now
 
     def map(self, offset: int, length: int) -> Extent | None:
         extent = self.where(offset, length)
@@ -299,10 +302,22 @@ class Access:
     def write_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
         if (offset | length) & (SECTOR - 1):
             return False
-        target = self._where_to_write(offset, length)
-        if target is None or target[0] < length:
-            return False
-        return self._encryption.write_now(target[1], target[2], offset, length, iov)
+        done = 0
+        while True:
+            left = length - done
+            target = self._where_to_write(offset + done, left)
+            if target is not None:
+                n, node, at = target
+                part = iov if n == length else iovs.part(iov, done, n)
+                if not self._encryption.write_now(node, at, offset + done, n, part):
+                    return False
+            else:
+                n = self._write_new_now(offset + done, left, iovs.part(iov, done, left) if done else iov)
+                if not n:
+                    return False
+            done += n
+            if done == length:
+                return True
 
 
 class _Encrypting(Writer):
@@ -328,6 +343,9 @@ class _Encrypting(Writer):
 
     async def store(self, host: int, guest: int, length: int, iov: list[memoryview], flags: int) -> None:
         await self._encryption.write(self.image.data, host, guest, length, iov, flags)
+
+    def _store_now(self, host: int, guest: int, length: int, iov: list[memoryview]) -> bool:
+        return self._encryption.write_now(self.image.data, host, guest, length, iov)
 
     async def _fetch(self, host: int, guest: int, view: memoryview) -> None:
         await self._encryption.read(self.image.data, host, guest, len(view), [view])

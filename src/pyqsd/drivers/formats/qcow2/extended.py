@@ -155,6 +155,17 @@ class ExtendedWriter(Writer):
         wanted = touched(image, offset, min(end, (offset | image.cluster_mask) + 1))
         return (IN_PLACE if bitmap & wanted == wanted else REUSE), host
 
+    def _plan_now(self, found: Slice, offset: int, length: int) -> tuple[int, int] | None:
+        image = self.image
+        at = 2 * ((offset >> image.cluster_bits) & (image.l2.slice_entries - 1))
+        entry, bitmap = found.entries[at], found.entries[at + 1]
+        if not entry:
+            return None if bitmap & ALL_ALLOCATED else (0, 1)
+        host = entry ^ COPIED
+        if host & ~OFFSET_MASK or host & image.cluster_mask or not host or bitmap & ALL_ALLOCATED & bitmap >> 32:
+            return None
+        return host, 1
+
     @staticmethod
     def _copied_whole(entry: int) -> bool:
         """Whether an entry for which a new cluster is allocated has content of its own."""

@@ -35,6 +35,10 @@ _BLOCKS_MORE = 16
 #: Writes to new clusters from this length (bytes) on are the worker's: the kernel has to find memory for every page of
 #: them, which takes several times as long as receiving the data. For shorter ones the way there costs more.
 _BACKGROUND_FROM = 512 << 10
+#: After a write without waiting that did not work out, so many are not tried, and twice as many after each further one
+#: in a row: the storage is slow, or passes the cache by (O_DIRECT), or what has to be copied is not in memory.
+_PAUSE_FIRST = 16
+_PAUSE_LONGEST = 1024
 
 IN_PLACE = 1
 REUSE = 2
@@ -61,6 +65,11 @@ class Writer:
         self.unpacked = unpacked
         self.in_flight: list[InFlight] = []
         self._zero_calls = True
+        #: Writes that are not tried without waiting, and how many it will be after the next failure.
+        self._pause = 0
+        self._next_pause = _PAUSE_FIRST
+        #: What is copied without waiting goes through it.
+        self._scratch = memoryview(b"")
 
     # --- requests in flight ------------------------------------------------------------------------------------------
 
@@ -202,6 +211,167 @@ class Writer:
         if entry & COPIED and (host or (image.external and not entry & ZERO)):
             return (REUSE, host) if entry & ZERO else (IN_PLACE, host)
         return ALLOCATE, 0
+
+    # --- into new clusters, without waiting --------------------------------------------------------------------------
+
+    def write_now(self, offset: int, length: int, iov: list[memoryview]) -> int:
+        """Do to a prefix of the range what `pwritev` does, where nothing is stored yet, and return its length; 0 if
+        that takes waiting, and nothing but space that is not in use has changed then. Raises OSError.
+
+        From the look at the tables to the new entry nobody else has a turn, so that the request is in nobody's way."""
+        image = self.image
+        if self._pause:
+            self._pause -= 1
+            return 0
+        l2 = image.l2
+        refcounts = image.refcounts
+        bits = image.cluster_bits
+        key = offset >> l2.slice_shift
+        found = l2.slices.get(key)
+        if (
+            found is None
+            or not l2.l1[key >> l2.key_bits] & COPIED
+            or image.external
+            or not length
+            or not image.node.active
+            or image.file.debug_event is not None
+            or (image.settings.lazy_refcounts and not image.header.incompatible & headers.INCOMPAT_DIRTY)
+            or image.freed_clusters << bits > _FREED_MOST
+            or len(refcounts.blocks) > refcounts.max_blocks + _BLOCKS_MORE
+        ):
+            return 0
+        plan = self._plan_now(found, offset, length)
+        if plan is None:
+            return 0
+        host, count = plan
+        first = offset >> bits
+        if self.in_flight and self.conflict(first, first + count - 1, False) is not None:
+            return 0
+        n = (count << bits) - (offset & image.cluster_mask)
+        if n >= length:
+            n = length
+        else:
+            iov = iovs.part(iov, 0, n)
+        at = first & (l2.slice_entries - 1)
+        head = tail = 0
+        before = after = None
+        if (offset | n) & (image.unit_size - 1):
+            start, stop = self._edges(found, at, count, offset, n, not host)
+            head, tail = offset - start, stop - offset - n
+            if stop - start >= _BACKGROUND_FROM:
+                return 0
+            surroundings = self._surroundings_now(found, at, count, offset, n, head, tail)
+            if surroundings is None:
+                self._not_now()
+                return 0
+            before, after = surroundings
+        elif n >= _BACKGROUND_FROM:
+            return 0
+        fresh = False
+        if host:
+            image.check_data_overlap(host >> bits, 1)
+            place = host
+        else:
+            if (refcounts.hint + count) << bits > image.data.length:
+                # The file has to grow before.
+                return 0
+            try:
+                cluster, got = refcounts.allocate_now(count)
+            except MissingBlock:
+                return 0
+            place = cluster << bits
+            end = place + (count << bits)
+            if got != count or refcounts.unreserved or end > image.data.length:
+                refcounts.release(cluster, got)
+                return 0
+            fresh = place >= image.touched_end and not image.encrypted
+            if end > image.touched_end:
+                image.touched_end = end
+        size = n
+        to = place + (offset & image.cluster_mask)
+        if head and (before is not None or not fresh):
+            iov = (iovs.zero_views(head) if before is None else [before]) + iov
+            to -= head
+            size += head
+        else:
+            head = 0
+        if tail and (after is not None or not fresh):
+            iov = iov + (iovs.zero_views(tail) if after is None else [after])
+            size += tail
+        if not self._store_now(to, offset - head, size, iov):
+            if not host:
+                refcounts.release(cluster, count)
+            self._not_now()
+            return 0
+        self._next_pause = _PAUSE_FIRST
+        found.used = True
+        self._link(found, at, count, place, offset, n)
+        return n
+
+    def _not_now(self) -> None:
+        self._pause = self._next_pause
+        self._next_pause = min(2 * self._next_pause, _PAUSE_LONGEST)
+
+    def _plan_now(self, found: Slice, offset: int, length: int) -> tuple[int, int] | None:
+        """The clusters from `offset` on in which nothing is stored: (host offset of the one that is to be used, 0 for
+        new ones; how many). None if there are none, or if this needs a closer look."""
+        image = self.image
+        entries = found.entries
+        at = (offset >> image.cluster_bits) & (image.l2.slice_entries - 1)
+        entry = entries[at]
+        if entry and (entry != ZERO or image.header.version < 3):
+            return None
+        most = min(image.l2.slice_entries, at + ((offset & image.cluster_mask) + length - 1 >> image.cluster_bits) + 1)
+        end = at + 1
+        while end < most and entries[end] == entry:
+            end += 1
+        return 0, end - at
+
+    def _surroundings_now(
+        self, found: Slice, at: int, count: int, offset: int, length: int, head: int, tail: int
+    ) -> tuple[memoryview | None, memoryview | None] | None:
+        """What the backing file has in the `head` bytes before the range and the `tail` bytes behind it, each None
+        where that is zero. None if it has to be waited for."""
+        last = at + count - 1
+        end = offset + length
+        has_head = head and self._has_content(found, at, offset - head, head)
+        has_tail = tail and self._has_content(found, last, end, tail)
+        if not has_head and not has_tail:
+            return None, None
+        whole = head + length + tail
+        if len(self._scratch) < whole:
+            self._scratch = iovs.aligned_buffer(max(whole, self.image.cluster_size))
+        scratch = self._scratch
+        if has_head and has_tail and whole <= self.image.unit_size:
+            # One read for all of it.
+            if not self._read_backing_now(offset - head, scratch[:whole]):
+                return None
+            return scratch[:head], scratch[head + length : whole]
+        before = after = None
+        if has_head:
+            before = scratch[:head]
+            if not self._read_backing_now(offset - head, before):
+                return None
+        if has_tail:
+            after = scratch[head : head + tail]
+            if not self._read_backing_now(end, after):
+                return None
+        return before, after
+
+    def _read_backing_now(self, offset: int, data: memoryview) -> bool:
+        """Fill `data` with what the backing file has at `offset`, as `_read_backing` does, if that takes no waiting."""
+        backing = self.image.backing
+        assert backing is not None
+        length = len(data)
+        n = max(0, min(length, self.image.node.length - offset, backing.length - offset))
+        if n < length:
+            iovs.fill_zero([data[n:]])
+            data = data[:n]
+        return not n or backing.read_now(offset, n, [data])
+
+    def _store_now(self, host: int, guest: int, length: int, iov: list[memoryview]) -> bool:
+        """`store`, if that takes no waiting."""
+        return self.image.data.write_now(host, length, iov)
 
     # --- in place ----------------------------------------------------------------------------------------------------
 
