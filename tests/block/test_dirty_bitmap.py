@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import random
+import tracemalloc
+from collections.abc import Iterable
 
 import pytest
 from hypothesis import example, given, settings
@@ -15,9 +18,11 @@ from pyqsd.qapi.errors import Error
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 64 bits, so that small examples cross their borders."""
+    """Chunks of 64 bits and short lists, so that small examples cross their borders."""
     monkeypatch.setattr(dirty_bitmap, "_CHUNK_SHIFT", 6)
     monkeypatch.setattr(dirty_bitmap, "_MAX_CHUNKS_SHIFT", 4)
+    monkeypatch.setattr(dirty_bitmap, "_MAX_LISTED", 12)
+    monkeypatch.setattr(dirty_bitmap, "_MAX_LISTED_RANGE", 4)
 
 
 class Model:
@@ -236,3 +241,90 @@ def test_long_ways_inside_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
         holed.clear(granule * 512, 512)
         assert holed.next_zero(0) == granule * 512
         assert holed.next_dirty_area(0) == (0, granule * 512)
+
+
+def test_random_life() -> None:
+    """Mostly short marks and clears, so that chunks go from lists to bits to whole ones and back."""
+    dice = random.Random(5)
+    for _ in range(12):
+        granularity = dice.choice([512, 4096])
+        size = dice.randrange(1, 3000) * 512
+        bitmap, model = DirtyBitmap("b", size, granularity), Model(size, granularity)
+        for _ in range(500):
+            what = dice.choice(["mark"] * 8 + ["clear"] * 3 + ["copy up", "merge", "exchange", "resize", "store"])
+            offset = dice.randrange(model.size)
+            length = min(dice.choice([1, 512, 5000, 5000, 60_000, model.size]), model.size - offset)
+            if what == "mark":
+                for _ in range(dice.choice([1, 1, 30])):
+                    bitmap.mark(offset, length)
+                    model.dirty.update(model.touched(offset, length))
+            elif what == "clear":
+                bitmap.clear(offset, length)
+                model.dirty.difference_update(model.touched(offset, length))
+            elif what == "copy up":
+                # What a job does: from one dirty area to the next, clearing them.
+                while (area := bitmap.next_dirty_area(offset, None, 3 * granularity)) is not None:
+                    assert model.is_dirty(area[0]) and model.next(offset, model.size, True) == area[0]
+                    bitmap.clear(*area)
+                    model.dirty.difference_update(model.touched(*area))
+                    offset = area[0]
+                    if dice.random() < 0.05:
+                        break
+            elif what == "merge":
+                other = DirtyBitmap("", model.size, dice.choice([512, 4096]))
+                for _ in range(dice.randrange(6)):
+                    at = dice.randrange(model.size)
+                    other.mark(at, min(dice.choice([1, 9000, 200_000]), model.size - at))
+                bitmap.merge(other)
+                for start, n in other.areas():
+                    model.dirty.update(model.touched(start, n))
+            elif what == "exchange":
+                other = bitmap.copy()
+                compare(other, model)
+                bitmap.exchange(DirtyBitmap("", model.size, granularity))
+                assert not bitmap.count
+                bitmap.exchange(other)
+            elif what == "resize":
+                model.size = dice.randrange(1, 3000) * 512
+                model.dirty = {g for g in model.dirty if g * granularity < model.size}
+                bitmap.truncate(model.size)
+            else:
+                other = DirtyBitmap("", model.size, granularity)
+                other.deserialize(0, bitmap.serialize(0, model.size))
+                assert other.sha256() == bitmap.sha256()
+                bitmap = other
+            if dice.random() < 0.2:
+                compare(bitmap, model)
+        compare(bitmap, model)
+
+
+def test_a_large_disk_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16 TiB at 64 KiB: 32 MiB if each granule had its bit."""
+    monkeypatch.undo()
+    dice = random.Random(9)
+
+    def needed(marks: Iterable[tuple[int, int]]) -> int:
+        tracemalloc.start()
+        bitmap = DirtyBitmap("b", 16 << 40, 65536)
+        for offset, length in marks:
+            bitmap.mark(offset, length)
+        current, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return current
+
+    assert needed(()) < 10_000
+    assert needed([(0, 16 << 40)]) < 1 << 20
+    assert needed((dice.randrange(1 << 28) << 16, 4096) for _ in range(100_000)) < 2 << 20
+    # The same few granules again and again.
+    assert needed(((n % 300) << 33, 4096) for n in range(100_000)) < 1 << 20
+    # A list of what is dirty where little is, in place of its bits, also when it comes from an image.
+    sparse = DirtyBitmap("b", 16 << 40, 65536)
+    for _ in range(10_000):
+        sparse.mark(dice.randrange(1 << 28) << 16, 4096)
+    data = sparse.serialize(0, 16 << 40)
+    tracemalloc.start()
+    loaded = DirtyBitmap("b", 16 << 40, 65536)
+    loaded.deserialize(0, data)
+    current, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert loaded.sha256() == sparse.sha256() and current < 2 << 20

@@ -1,15 +1,19 @@
 """Dirty bitmaps: which parts of a node have been written since a point in time.
 
-The bits live in chunks that exist only where something was marked; a chunk that is dirty throughout is one shared
-object. A disk of any size costs nothing while it is clean, and at most one bit per granule. `mark` is on the way of
-every write: for a granule that is dirty already it is one look-up.
+The bits live in chunks that exist only where something was marked. A chunk in which little is dirty is a list of that;
+a chunk that is dirty throughout is one shared object. A disk of any size costs nothing while it is clean, and at most
+one bit per granule. `mark` is on the way of every write: for a granule that is dirty already it is a look-up, for one
+more in such a list an append. Lists are unsorted, and have what was marked repeatedly more than once; whoever wants to
+know more looks at the bits that they stand for.
 
 Offsets, lengths and granularities are bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from array import array
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from typing import ClassVar
 
 from pyqsd.qapi.errors import Error
@@ -18,6 +22,10 @@ from pyqsd.qapi.errors import Error
 _CHUNK_SHIFT = 15
 #: A bitmap has at most ``1 << _MAX_CHUNKS_SHIFT`` chunks; larger disks get larger chunks.
 _MAX_CHUNKS_SHIFT = 20
+#: A list of this length is looked through: what is twice in it goes, and if more than half is left it becomes bits.
+_MAX_LISTED = 512
+#: Ranges of more granules than this are not listed one by one.
+_MAX_LISTED_RANGE = 32
 _BIT = (1, 2, 4, 8, 16, 32, 64, 128)
 
 MAX_NAME = 1023
@@ -54,15 +62,22 @@ class DirtyBitmap:
         "_chunk_bytes",
         "_chunk_shift",
         "_chunks",
+        "_enabled",
         "_full",
+        "_inside",
+        "_listed",
         "_mask",
         "_nbits",
+        "_numbers",
+        "_opened",
         "_shift",
+        "_typecode",
+        "_whole_chunks",
         "busy",
-        "enabled",
         "granularity",
         "inconsistent",
         "name",
+        "on_enable",
         "persistent",
         "readonly",
         "size",
@@ -77,12 +92,15 @@ class DirtyBitmap:
         self.name = name
         self.granularity = granularity
         self.persistent = persistent
-        self.enabled = enabled
+        self._enabled = enabled
+        #: Called when it is enabled or disabled: the node that it belongs to has to know.
+        self.on_enable: Callable[[], None] | None = None
         self.busy = False
         self.readonly = False
         self.inconsistent = False
         self.successor: DirtyBitmap | None = None
         self._shift = granularity.bit_length() - 1
+        self._inside = granularity - 1
         self._lay_out(size)
 
     def __repr__(self) -> str:
@@ -96,7 +114,16 @@ class DirtyBitmap:
         self._chunk_bytes = 1 << (self._chunk_shift - 3)
         #: What every chunk that is dirty throughout is.
         self._full = b"\xff" * self._chunk_bytes
+        #: How many chunks lie inside the bitmap as a whole. One that ends beyond it is never a list.
+        self._whole_chunks = self._nbits >> self._chunk_shift
+        self._typecode = "H" if self._chunk_shift <= 16 else "I" if self._chunk_shift <= 32 else "Q"
         self._chunks: dict[int, bytes | bytearray] = {}
+        #: The chunks that are lists of positions; no chunk is in both.
+        self._listed: dict[int, array[int]] = {}
+        #: The numbers of all chunks, sorted, and perhaps of some that are gone; None: there are new ones.
+        self._numbers: list[int] | None = None
+        #: The bits of the list that was last looked at: its number, itself, its length then, the bits.
+        self._opened: tuple[int, array[int], int, bytearray] | None = None
 
     # --- what may be done with it -------------------------------------------------------------------------------
 
@@ -111,6 +138,17 @@ class DirtyBitmap:
                 f"Bitmap '{self.name}' is inconsistent and cannot be used",
                 hint="Try block-dirty-bitmap-remove to delete this bitmap from disk",
             )
+
+    @property
+    def enabled(self) -> bool:
+        """Whether writes are recorded."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._enabled = enabled
+        if self.on_enable is not None:
+            self.on_enable()
 
     @property
     def recording(self) -> bool:
@@ -137,6 +175,9 @@ class DirtyBitmap:
         assert (self.size, self.granularity) == (other.size, other.granularity)
         self._chunks, other._chunks = other._chunks, self._chunks
         self._full, other._full = other._full, self._full
+        self._listed, other._listed = other._listed, self._listed
+        self._numbers = other._numbers = None
+        self._opened = other._opened = None
 
     # --- changing -------------------------------------------------------------------------------------------------
 
@@ -145,18 +186,32 @@ class DirtyBitmap:
         if not length:
             return
         first = offset >> self._shift
-        last = (offset + length - 1) >> self._shift
-        if first == last:
-            chunk = self._chunks.get(first >> self._chunk_shift)
-            if chunk is not None and chunk[(first & self._mask) >> 3] & _BIT[first & 7]:
+        if (offset & self._inside) + length <= self.granularity:
+            number = first >> self._chunk_shift
+            chunk = self._chunks.get(number)
+            if chunk is not None:
+                if chunk[(first & self._mask) >> 3] & _BIT[first & 7]:
+                    return
+            elif number < self._whole_chunks:
+                position = first & self._mask
+                listed = self._listed.get(number)
+                if listed is None:
+                    self._listed[number] = array(self._typecode, (position,))
+                    self._numbers = None
+                elif listed[-1] != position:
+                    listed.append(position)
+                    if len(listed) >= _MAX_LISTED:
+                        self._look_through(number)
                 return
-        self._set(first, last + 1)
+        self._set(first, ((offset + length - 1) >> self._shift) + 1)
 
     def clear(self, offset: int = 0, length: int | None = None) -> None:
         """Mark as clean every granule that ``[offset, offset + length)`` touches (everything by default)."""
         if length is None:
             if offset == 0:
                 self._chunks.clear()
+                self._listed.clear()
+                self._opened = None
                 return
             length = self.size - offset
         if length > 0:
@@ -170,18 +225,94 @@ class DirtyBitmap:
             number = first >> shift
             base = number << shift
             low, high = first - base, min(end - base, whole)
+            chunk = chunks.get(number)
             if low == 0 and high == whole:
+                if chunk is None and self._listed.pop(number, None) is None:
+                    self._numbers = None
                 chunks[number] = full
-            else:
-                chunk = chunks.get(number)
-                if chunk is None:
-                    chunk = chunks[number] = bytearray(self._chunk_bytes)
-                if chunk is not full:
-                    assert isinstance(chunk, bytearray)
-                    _fill(chunk, low, high)
-                    if chunk == full:
-                        chunks[number] = full
+            elif chunk is None and number < self._whole_chunks and high - low <= _MAX_LISTED_RANGE:
+                self._list(number, range(low, high))
+            elif chunk is not full:
+                chunk = self._as_bits(number)
+                _fill(chunk, low, high)
+                if chunk == full:
+                    chunks[number] = full
             first = base + whole
+
+    def _list(self, number: int, positions: range | array[int]) -> None:
+        """Add to a chunk that is a list, or does not exist yet."""
+        listed = self._listed.get(number)
+        if listed is None:
+            listed = self._listed[number] = array(self._typecode)
+            self._numbers = None
+        listed.extend(positions)
+        if len(listed) >= _MAX_LISTED:
+            self._look_through(number)
+
+    def _look_through(self, number: int) -> None:
+        """Nothing is twice in a list afterwards, or it has become bits."""
+        positions = set(self._listed[number])
+        if len(positions) > _MAX_LISTED // 2:
+            chunk = self._as_bits(number)
+            if chunk == self._full:
+                self._chunks[number] = self._full
+        else:
+            self._listed[number] = array(self._typecode, positions)
+
+    def _as_bits(self, number: int) -> bytearray:
+        """The bits of a chunk, which are no list and no shared object from now on."""
+        chunk = self._chunks.get(number)
+        if not isinstance(chunk, bytearray):
+            if chunk is not None:
+                chunk = bytearray(chunk)
+            elif number in self._listed:
+                chunk = self._open(number)
+                del self._listed[number]
+                self._opened = None
+            else:
+                chunk = bytearray(self._chunk_bytes)
+                self._numbers = None
+            self._chunks[number] = chunk
+        return chunk
+
+    def _open(self, number: int) -> bytearray:
+        """The bits that a list stands for; for looking at only."""
+        listed = self._listed[number]
+        opened = self._opened
+        if opened is not None and opened[0] == number and opened[1] is listed:
+            _, _, done, bits = opened
+            if done == len(listed):
+                return bits
+        else:
+            done, bits = 0, bytearray(self._chunk_bytes)
+        for position in listed[done:]:
+            bits[position >> 3] |= _BIT[position & 7]
+        self._opened = (number, listed, len(listed), bits)
+        return bits
+
+    def _bits(self, number: int) -> bytes | bytearray | None:
+        """The bits of a chunk; for looking at only. None: nothing is dirty there."""
+        chunk = self._chunks.get(number)
+        if chunk is None and number in self._listed:
+            return self._open(number)
+        return chunk
+
+    def _list_again(self, number: int) -> None:
+        """Make bits a list, if they are few."""
+        chunk = self._chunks[number]
+        value = int.from_bytes(chunk, "little")
+        if number < self._whole_chunks and value.bit_count() <= _MAX_LISTED // 4:
+            listed = array(self._typecode)
+            bit = _find(chunk, 0, 0)
+            while bit >= 0:
+                listed.append(bit)
+                bit = _find(chunk, bit + 1, 0) if bit + 1 < 8 * len(chunk) else -1
+            del self._chunks[number]
+            self._listed[number] = listed
+
+    def _drop(self, number: int) -> None:
+        if self._chunks.pop(number, None) is None:
+            del self._listed[number]
 
     def _reset(self, first: int, end: int) -> None:
         end = min(end, self._nbits)
@@ -191,8 +322,7 @@ class DirtyBitmap:
             number = first >> shift
             base = number << shift
             low, high = first - base, min(end - base, whole)
-            chunk = chunks.get(number)
-            if chunk is None:
+            if number not in chunks and number not in self._listed:
                 following = self._next_chunk(number + 1)
                 if following is None:
                     return
@@ -200,13 +330,20 @@ class DirtyBitmap:
                 continue
             # Bits beyond the end of the bitmap are never set, so its last chunk may go as a whole too.
             if low == 0 and (high == whole or base + high == self._nbits):
-                del chunks[number]
+                self._drop(number)
             else:
-                if not isinstance(chunk, bytearray):
-                    chunk = chunks[number] = bytearray(chunk)
-                _wipe(chunk, low, high)
-                if not chunk.strip(b"\0"):
-                    del chunks[number]
+                listed = self._listed.get(number)
+                if listed is None or (self._opened is not None and self._opened[1] is listed):
+                    # Somebody is going through it, and it is going to be empty soon.
+                    chunk = self._as_bits(number)
+                    _wipe(chunk, low, high)
+                    left = bool(chunk.strip(b"\0"))
+                else:
+                    rest = array(self._typecode, [one for one in listed if not low <= one < high])
+                    self._listed[number] = rest
+                    left = bool(rest)
+                if not left:
+                    self._drop(number)
             first = base + whole
 
     def truncate(self, size: int) -> None:
@@ -215,13 +352,17 @@ class DirtyBitmap:
             return
         if size < self.size:
             self._reset((size + self.granularity - 1) >> self._shift, self._nbits)
-        old, full, shift = self._chunks, self._full, self._chunk_shift
+        old = DirtyBitmap("", self.size, self.granularity)
+        self.exchange(old)
         self._lay_out(size)
-        if self._chunk_shift == shift:
-            self._chunks, self._full = old, full
+        if self._chunk_shift == old._chunk_shift:
+            self._chunks, self._full, self._listed = old._chunks, old._full, old._listed
+            if self._whole_chunks in self._listed:
+                # It does not lie inside the bitmap any more.
+                self._as_bits(self._whole_chunks)
             return
-        for first, end in _areas(old, shift):
-            self._set(first, end)
+        for start, length in old.areas():
+            self.mark(start, length)
 
     def check_merge(self, other: DirtyBitmap) -> None:
         """Raise Error when `other` cannot be merged into this bitmap because its size is another."""
@@ -240,15 +381,26 @@ class DirtyBitmap:
             for start, length in other.areas():
                 self.mark(start, length)
             return
+        for number, positions in other._listed.items():
+            chunk = self._chunks.get(number)
+            if chunk is None:
+                self._list(number, positions)
+            elif chunk is not self._full:
+                self._unite(number, other._open(number))
         for number, theirs in other._chunks.items():
-            ours = self._chunks.get(number)
             if theirs is other._full:
+                if number not in self._chunks and self._listed.pop(number, None) is None:
+                    self._numbers = None
                 self._chunks[number] = self._full
-            elif ours is None:
-                self._chunks[number] = bytearray(theirs)
-            elif ours is not self._full:
-                united = int.from_bytes(ours, "little") | int.from_bytes(theirs, "little")
-                self._chunks[number] = bytearray(united.to_bytes(self._chunk_bytes, "little"))
+            elif self._chunks.get(number) is not self._full:
+                self._unite(number, theirs)
+
+    def _unite(self, number: int, bits: bytes | bytearray) -> None:
+        chunk = self._as_bits(number)
+        united = int.from_bytes(chunk, "little") | int.from_bytes(bits, "little")
+        chunk[:] = united.to_bytes(self._chunk_bytes, "little")
+        if chunk == self._full:
+            self._chunks[number] = self._full
 
     # --- asking -----------------------------------------------------------------------------------------------------
 
@@ -261,12 +413,14 @@ class DirtyBitmap:
                 bits += 1 << self._chunk_shift
             else:
                 bits += int.from_bytes(chunk, "little").bit_count()
+        for listed in self._listed.values():
+            bits += len(set(listed))
         return bits << self._shift
 
     def is_dirty(self, offset: int) -> bool:
         """Whether the byte at `offset` belongs to a dirty granule."""
         bit = offset >> self._shift
-        chunk = self._chunks.get(bit >> self._chunk_shift)
+        chunk = self._bits(bit >> self._chunk_shift)
         return chunk is not None and bool(chunk[(bit & self._mask) >> 3] & _BIT[bit & 7])
 
     def next_dirty(self, offset: int, end: int | None = None) -> int | None:
@@ -306,21 +460,25 @@ class DirtyBitmap:
 
     def _next_chunk(self, number: int) -> int | None:
         """The first chunk at or after `number` that exists."""
-        chunks = self._chunks
-        last = (self._nbits - 1) >> self._chunk_shift
-        if last - number < 2 * len(chunks):
-            while number <= last:
-                if number in chunks:
-                    return number
-                number += 1
-            return None
-        return min((existing for existing in chunks if existing >= number), default=None)
+        numbers = self._numbers
+        if numbers is None:
+            numbers = self._numbers = sorted([*self._chunks, *self._listed])
+        index = start = bisect_left(numbers, number)
+        while index < len(numbers):
+            number = numbers[index]
+            if number in self._chunks or number in self._listed:
+                break
+            index += 1
+        if index - start > 64:
+            # So many are gone that the others are worth being sorted again.
+            self._numbers = None
+        return number if index < len(numbers) else None
 
     def _next_set(self, bit: int, end: int) -> int | None:
         shift = self._chunk_shift
         while bit < end:
             number = bit >> shift
-            chunk = self._chunks.get(number)
+            chunk = self._bits(number)
             if chunk is None:
                 following = self._next_chunk(number + 1)
                 if following is None:
@@ -340,7 +498,7 @@ class DirtyBitmap:
         shift = self._chunk_shift
         while bit < end:
             number = bit >> shift
-            chunk = self._chunks.get(number)
+            chunk = self._bits(number)
             if chunk is None:
                 return bit
             if chunk is not self._full:
@@ -366,7 +524,7 @@ class DirtyBitmap:
             base = number << self._chunk_shift
             low = (first - base) >> 3
             high = min((end - base + 7) >> 3, self._chunk_bytes)
-            chunk = self._chunks.get(number)
+            chunk = self._bits(number)
             parts.append(bytes(high - low) if chunk is None else bytes(chunk[low:high]))
             first = base + (1 << self._chunk_shift)
         data = b"".join(parts)
@@ -391,13 +549,12 @@ class DirtyBitmap:
             if beyond > 0:
                 piece = piece[:-1] + bytes((piece[-1] & (0xFF >> beyond),))
             if piece.strip(b"\0"):
-                chunk = self._chunks.get(number)
-                if chunk is None:
-                    chunk = bytearray(self._chunk_bytes)
-                elif not isinstance(chunk, bytearray):
-                    chunk = bytearray(chunk)
+                chunk = self._as_bits(number)
                 chunk[low : low + n] = piece
-                self._chunks[number] = self._full if chunk == self._full else chunk
+                if chunk == self._full:
+                    self._chunks[number] = self._full
+                else:
+                    self._list_again(number)
             at += n
             first += n * 8
 
@@ -411,7 +568,7 @@ class DirtyBitmap:
         number = 0
         while left > 0:
             n = min(left, self._chunk_bytes)
-            chunk = self._chunks.get(number, clean)
+            chunk = self._bits(number) or clean
             digest.update(chunk if n == self._chunk_bytes else chunk[:n])
             left -= n
             number += 1
@@ -471,17 +628,3 @@ def _find(chunk: bytes | bytearray, bit: int, inverted: int) -> int:
         # Near bits are the usual case; far ones are worth a longer look at once.
         window = min(window * 4, 2048)
     return -1
-
-
-def _areas(chunks: dict[int, bytes | bytearray], shift: int) -> Iterator[tuple[int, int]]:
-    """The runs of set bits in `chunks` of ``1 << shift`` bits each, as ``(first, end)``, ascending."""
-    for number in sorted(chunks):
-        chunk = chunks[number]
-        base, bit, whole = number << shift, 0, 1 << shift
-        while bit < whole:
-            first = _find(chunk, bit, 0)
-            if first < 0:
-                break
-            end = _find(chunk, first, 0xFF)
-            bit = whole if end < 0 else end
-            yield base + first, base + bit

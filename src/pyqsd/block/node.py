@@ -29,7 +29,7 @@ from pyqsd.block.driver import (
     Limits,
 )
 from pyqsd.block.extents import ALLOCATED, DRIVER, OFFSET_VALID, RAW, ZERO, Extent
-from pyqsd.block.node_bitmaps import NodeBitmaps
+from pyqsd.block.node_bitmaps import Marks, NodeBitmaps
 from pyqsd.block.options import BlockdevOptions, BlockdevRef
 from pyqsd.qapi.errors import Error
 
@@ -99,7 +99,9 @@ class Node:
         self.debug_event: Callable[[str], None] | None = None
         #: Requests go to the driver as they are: it is a protocol that takes any length.
         self._leaf = False
-        self.dirty_bitmaps = NodeBitmaps()
+        #: What is called with every write.
+        self._marks: Marks = ()
+        self.dirty_bitmaps = NodeBitmaps(self._set_marks)
         #: Who keeps the node from what; see `pyqsd.block.op_blockers`.
         self.op_blockers: list[Blocker] = []
         #: Offset above which a write raises BLOCK_WRITE_THRESHOLD, 0: none.
@@ -243,8 +245,10 @@ class Node:
         self._write_generation += 1
         if end > self.wr_highest_offset:
             self.wr_highest_offset = end
-        if self.dirty_bitmaps or self.write_threshold:
-            self._written(offset, length)
+        for mark in self._marks:
+            mark(offset, length)
+        if self.write_threshold and end > self.write_threshold:
+            write_threshold.exceeded(self, offset, length)
         return True
 
     def write_mapped_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
@@ -478,8 +482,10 @@ class Node:
         end = offset + length
         if end > self.wr_highest_offset and not discard:
             self.wr_highest_offset = end
-        if self.dirty_bitmaps or self.write_threshold:
-            self._written(offset, length, discard)
+        for mark in self._marks:
+            mark(offset, length)
+        if self.write_threshold and end > self.write_threshold and not discard:
+            write_threshold.exceeded(self, offset, length)
         self._tracked.discard(request)
         if request.done is not None:
             request.done.set_result(None)
@@ -507,12 +513,8 @@ class Node:
             finally:
                 request.waits_for = None
 
-    def _written(self, offset: int, length: int, discard: bool = False) -> None:
-        for bitmap in self.dirty_bitmaps.values():
-            if bitmap.enabled:
-                bitmap.mark(offset, length)
-        if self.write_threshold and offset + length > self.write_threshold and not discard:
-            write_threshold.exceeded(self, offset, length)
+    def _set_marks(self, marks: Marks) -> None:
+        self._marks = marks
 
     async def _write_padded(self, offset: int, length: int, iov: list[memoryview], flags: int, align: int) -> None:
         """Read, modify, write: the range is widened to `align`."""

@@ -26,32 +26,62 @@ How a job uses them:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+
 from pyqsd.block.dirty_bitmap import DirtyBitmap
 from pyqsd.qapi.errors import Error
 
+#: Those methods `DirtyBitmap.mark` that are to be called with every write.
+Marks = tuple[Callable[[int, int], None], ...]
 
-class NodeBitmaps(dict[str | DirtyBitmap, DirtyBitmap]):
-    """The bitmaps of one node by name, anonymous ones by themselves, the oldest first."""
 
-    __slots__ = ()
+class NodeBitmaps(Mapping[str | DirtyBitmap, DirtyBitmap]):
+    """The bitmaps of one node by name, anonymous ones by themselves, the oldest first.
+
+    `on_marks` is called with the marks whenever they change.
+    """
+
+    def __init__(self, on_marks: Callable[[Marks], None] | None = None) -> None:
+        self._bitmaps: dict[str | DirtyBitmap, DirtyBitmap] = {}
+        self._on_marks = on_marks
+
+    def __getitem__(self, key: str | DirtyBitmap) -> DirtyBitmap:
+        return self._bitmaps[key]
+
+    def __iter__(self) -> Iterator[str | DirtyBitmap]:
+        return iter(self._bitmaps)
+
+    def __len__(self) -> int:
+        return len(self._bitmaps)
+
+    def _enter(self, bitmap: DirtyBitmap) -> None:
+        self._bitmaps[bitmap.name or bitmap] = bitmap
+        bitmap.on_enable = self._changed
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._on_marks is not None:
+            self._on_marks(tuple(bitmap.mark for bitmap in self._bitmaps.values() if bitmap.enabled))
 
     def add(self, bitmap: DirtyBitmap) -> None:
         """It is the node's from now on. Raises Error if there is another one of its name."""
         if bitmap.name in self:
             raise Error(f"Bitmap already exists: {bitmap.name}")
-        self[bitmap.name or bitmap] = bitmap
+        self._enter(bitmap)
 
     def add_anonymous(self, size: int, granularity: int, *, enabled: bool = True) -> DirtyBitmap:
         """A new bitmap that no command can address; sizes in bytes."""
         bitmap = DirtyBitmap("", size, granularity, enabled=enabled)
-        self[bitmap] = bitmap
+        self._enter(bitmap)
         return bitmap
 
     def discard(self, bitmap: DirtyBitmap) -> None:
         """Forget a bitmap, if it is the node's."""
         key = bitmap.name or bitmap
         if self.get(key) is bitmap:
-            del self[key]
+            del self._bitmaps[key]
+            bitmap.on_enable = None
+            self._changed()
 
     def freeze(self, bitmap: DirtyBitmap) -> DirtyBitmap:
         """Keep `bitmap` as it is, and busy, until `abdicate` or `reclaim`; its successor is returned, which records in
@@ -75,9 +105,9 @@ class NodeBitmaps(dict[str | DirtyBitmap, DirtyBitmap]):
         bitmap.persistent = False
         # It is as new as it is, so it keeps its position.
         kept = [one for one in self.values() if one is not bitmap]
-        self.clear()
-        for one in kept:
-            self[one.name or one] = one
+        self._bitmaps = {one.name or one: one for one in kept}
+        bitmap.on_enable = None
+        self._changed()
         return successor
 
     def reclaim(self, bitmap: DirtyBitmap) -> DirtyBitmap:

@@ -122,7 +122,8 @@ def device_info(node: Node, flat: bool, seen: dict[Node, ImageInfo]) -> BlockDev
     """What ``query-named-block-nodes`` tells about `node`; `seen` remembers images for further calls."""
     backing = node.driver.backing
     threshold = node.write_threshold
-    bitmaps = [bitmap_info(bitmap) for bitmap in reversed(node.dirty_bitmaps.values()) if not bitmap.hidden]
+    shown = (bitmap for bitmap in reversed(list(node.dirty_bitmaps.values())) if not bitmap.hidden)
+    bitmaps = [bitmap_info(bitmap) for bitmap in shown]
     image = image_info(node, flat, seen)
     return BlockDeviceInfo(
         file=image.filename,

@@ -54,7 +54,8 @@ async def load(image: Image, node: Node) -> None:
         loaded[name] = bitmap
     if writable:
         await mark_in_use(image)
-    node.dirty_bitmaps.update(loaded)
+    for bitmap in loaded.values():
+        node.dirty_bitmaps.add(bitmap)
 
 
 class _Budget:

@@ -254,7 +254,7 @@ class Qcow2(Operations):
         await self._complete()
         await self.image.tasks_done()
         for bitmap in going:
-            node.dirty_bitmaps.pop(bitmap.name, None)
+            node.dirty_bitmaps.discard(bitmap)
 
     async def activate(self) -> None:
         old = self.image
