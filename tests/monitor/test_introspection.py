@@ -52,7 +52,6 @@ COMMANDS_NOT_WRITTEN = frozenset(
         "block-commit",
         "blockdev-backup",
         "drive-backup",
-        "drive-mirror",
         "x-blockdev-set-iothread",
     ]
 )

@@ -1,4 +1,4 @@
-"""Differential: blockdev-mirror."""
+"""Differential: blockdev-mirror and drive-mirror."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ CANCELLED = Event("BLOCK_JOB_CANCELLED")
 
 def mirror(device: str = "a", target: str = "b", sync: str = "full", **more: Any) -> dict[str, Any]:
     return cmd("blockdev-mirror", **{"job_id": "j", "device": device, "target": target, "sync": sync, **more})
+
+
+def drive(device: str = "a", target: str = "x.img", sync: str = "full", **more: Any) -> dict[str, Any]:
+    return cmd("drive-mirror", **{"job_id": "j", "device": device, "target": target, "sync": sync, **more})
 
 
 def verb(name: str, **more: Any) -> dict[str, Any]:
@@ -56,6 +60,22 @@ def fill(name: str, byte: int = 0x77) -> Do:
             stream.write(bytes([byte]) * size)
 
     return Do(f"fill {name}", run)
+
+
+def content(name: str) -> Do:
+    def run(context: Context) -> Any:
+        data = (context.workdir / name).read_bytes()
+        return len(data), [(key, len(list(group))) for key, group in itertools.groupby(data)][:20]
+
+    return Do(f"content of {name}", run)
+
+
+def info(name: str) -> Do:
+    def run(context: Context) -> Any:
+        told = images.info(context.workdir / name, "-U")
+        return {key: told.get(key) for key in ("format", "virtual-size", "backing-filename", "backing-filename-format")}
+
+    return Do(f"qemu-img info {name}", run)
 
 
 def client(name: str, what: str, action: Any) -> Do:
@@ -121,6 +141,31 @@ OPTION_ERRORS: list[Any] = [
     mirror(job_id="#", speed=-1),
     mirror(speed=-1, target="ro"),
     mirror("a", "a", sync="incremental"),
+    *QUERY,
+    *SHOW,
+]
+
+DRIVE_ERRORS: list[Any] = [
+    drive("nosuch"),
+    cmd("drive-mirror", device="a", target="x", sync="full"),
+    drive(format="nosuch"),
+    drive(target="nodir/x"),
+    drive(target=""),
+    drive(target="nosuch.img", mode="existing"),
+    drive(mode="nosuch"),
+    drive(target="raw.img", mode="existing", format="qcow2"),
+    drive(replaces="a"),
+    drive(replaces="nosuch", node_name="n"),
+    drive(replaces="c", node_name="n"),
+    drive(format="raw", node_name="a"),
+    drive(format="raw", node_name="#"),
+    drive(format="raw", granularity=3),
+    drive(format="raw", buf_size=-3),
+    drive(format="raw", speed=-3),
+    drive(format="raw", sync="incremental"),
+    drive(format="raw", job_id="#"),
+    drive(format="raw", sync="none"),
+    drive("below"),
     *QUERY,
     *SHOW,
 ]
@@ -205,6 +250,17 @@ SESSIONS = [
             *sized("ro", MiB, read_only=True),
             *OPTION_ERRORS,
         ],
+    ),
+    Session(
+        "mirror-drive-options",
+        [
+            *ab(),
+            *sized("c", MiB),
+            *sized("below", MiB),
+            add(driver="raw", node_name="above", file="below"),
+            *DRIVE_ERRORS,
+        ],
+        images=("raw.img",),
     ),
     Session("mirror-ends", [*ab(), *rounds()]),
     Session(
@@ -460,6 +516,98 @@ SESSIONS = [
             *ENDS["complete"],
             *SHOW,
         ],
+    ),
+    Session(
+        "mirror-drive",
+        [
+            *sized("a", MiB),
+            fill("a"),
+            drive("a", "x.img"),
+            READY,
+            *SHOW,
+            *ENDS["soft"],
+            content("x.img"),
+            drive("a", "x.raw", format="raw", unmap=False),
+            READY,
+            *SHOW,
+            *ENDS["complete"],
+            *SHOW,
+            content("x.raw"),
+            drive("a", "x.qcow2", format="qcow2", node_name="n"),
+            READY,
+            *SHOW,
+            *ENDS["complete"],
+            *SHOW,
+            info("x.qcow2"),
+        ],
+    ),
+    Session(
+        "mirror-drive-existing",
+        [
+            add(driver="qcow2", node_name="base", file=file("base.qcow2"), read_only=True),
+            add(driver="qcow2", node_name="mid", file=file("mid.qcow2"), backing="base", read_only=True),
+            CHAIN[2],
+            *sized("c", MiB),
+            add(driver="null-co", node_name="null", size=MiB),
+            add(driver="copy-on-read", node_name="cor", file="c"),
+            NBD_START,
+            export("e", "a", name="e", writable=True),
+            drive("null", "x"),
+            drive("cor", "x"),
+            drive("cor", "c", mode="existing"),
+            drive("cor", "nosuch", mode="existing", format="qcow2"),
+            drive("null", "null-co://", format="raw"),
+            drive("null", "null-co://", format="raw", mode="existing"),
+            COMPLETED,
+            drive("a", "mid.qcow2", mode="existing"),
+            drive("a", "top.qcow2", mode="existing"),
+            Do(
+                "create x.qcow2",
+                lambda context: images.create(context.workdir / "x.qcow2", 8 * MiB, backing="mid.qcow2") and None,
+            ),
+            drive("a", "x.qcow2", mode="existing", node_name="x", unmap=False),
+            READY,
+            *SHOW,
+            *ENDS["soft"],
+            *SHOW,
+            drive("a", "x.qcow2", "top", mode="existing", node_name="x", copy_mode="write-blocking"),
+            READY,
+            *SHOW,
+            write(5 * MiB, 512, 0x55),
+            *ENDS["complete"],
+            *SHOW,
+            read(5 * MiB, 65536),
+            read(0, 65536),
+        ],
+        images=("base.qcow2", "mid.qcow2", "top.qcow2"),
+    ),
+    Session(
+        "mirror-drive-exported",
+        [
+            *CHAIN,
+            NBD_START,
+            export("e", "a", name="e", writable=True),
+            drive("a", "x.qcow2", "top"),
+            READY,
+            *SHOW,
+            write(3 * MiB, 100, 0x55),
+            *ENDS["complete"],
+            *SHOW,
+            info("x.qcow2"),
+            read(3 * MiB, 65536),
+            cmd("block-export-del", id_="e"),
+            Event("BLOCK_EXPORT_DELETED"),
+            export("e", "a", name="e", writable=True),
+            drive("a", "y.qcow2", "none", format="qcow2", node_name="y"),
+            READY,
+            *SHOW,
+            write(2 * MiB, 65536, 0x66),
+            *ENDS["complete"],
+            *SHOW,
+            info("y.qcow2"),
+            read(2 * MiB, 65536),
+        ],
+        images=("base.qcow2", "mid.qcow2", "top.qcow2"),
     ),
 ]
 

@@ -44,7 +44,8 @@ async def create_image(
     backing_filename: str | None = None,
     backing_format: str | None = None,
 ) -> None:
-    """Make an image of the format `fmt` in the file `filename`, which is created, or overwritten if it exists.
+    """Make an image of the format `fmt` (or just a file, of the protocol `fmt`) in the file `filename`, which is
+    created, or overwritten if it exists.
 
     Arguments:
         size: of the disk, in bytes.
@@ -72,8 +73,9 @@ async def create_image(
         await registry.driver_class(driver).create(graph, options)
 
     size = -(-size // 512) * 512
-    await create(protocol.name, filename=below["filename"], size=size if fmt == "raw" else 0)
-    if fmt == "raw":
+    is_plain = fmt == "raw" or cls.is_protocol
+    await create(protocol.name, filename=below["filename"], size=size if is_plain else 0)
+    if is_plain:
         return
     members: dict[str, Any] = {"file": below, "size": size}
     if backing_filename is not None:

@@ -333,6 +333,14 @@ def _identity(tree: _Tree) -> Any:
 # --- the format of an image that does not say it --------------------------------------------------------------------
 
 
+async def probe(node: Node, filename: str) -> str:
+    """The format of the image `filename`, by its first bytes, opened like the backing file of `node`. Raises Error,
+    OSError."""
+    tree = resolve(filename, None)
+    driver = tree.get("driver")
+    return driver if isinstance(driver, str) else await _probe(node, tree["file"], filename)
+
+
 async def _probe(node: Node, file: Any, filename: str) -> str:
     """The format of what is in `file` (a tree or a node name), by its first bytes; ``raw`` if it is no other."""
     graph = node.graph

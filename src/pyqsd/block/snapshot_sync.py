@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import errno
 import os
-from enum import StrEnum
-from typing import Any
 
-from msgspec import structs
-
-from pyqsd.block import action, filenames, open_image
+from pyqsd.block import action, filenames
 from pyqsd.block.action import Transaction, TransactionAction
 from pyqsd.block.commands import lookup
 from pyqsd.block.create import create_image
+from pyqsd.block.drive_image import NewImageMode, check_not_own, options_like
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
-from pyqsd.block.options import BlockdevCacheOptions, BlockdevDiscardOptions, BlockdevOptions
 from pyqsd.block.snapshot import SnapshotAction
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
-from pyqsd.qapi.types import NULL, Struct
-
-
-class NewImageMode(StrEnum):
-    """Whether the image of the overlay is there already, or is to be made with the full name of its backing file."""
-
-    EXISTING = "existing"
-    ABSOLUTE_PATHS = "absolute-paths"
+from pyqsd.qapi.types import Struct
 
 
 class BlockdevSnapshotSync(Struct, kw_only=True):
@@ -61,7 +50,7 @@ class SnapshotSyncAction(SnapshotAction):
             raise Error("New overlay node-name missing")
         if name and name in self._graph.nodes:
             raise Error("New overlay node-name already in use")
-        self._check_file(node)
+        check_not_own(node, self._filename)
         try:
             if self._mode is NewImageMode.ABSOLUTE_PATHS:
                 await create_image(
@@ -72,53 +61,18 @@ class SnapshotSyncAction(SnapshotAction):
                     filenames.filename(node),
                     node.driver.name,
                 )
-            self._opened = await self._graph.open_unattached(self._options(node))
+            self._opened = await self._graph.open_unattached(
+                options_like(node, self._filename, self._format, self._overlay_name)
+            )
         except OSError as exc:
             number = exc.errno or errno.EIO
             raise Error(f"Could not open '{self._filename}': {os.strerror(number)}", number) from exc
         return self._opened
 
-    def _check_file(self, node: Node) -> None:
-        """The new image is not one that the node itself is made of, which would be lost. Raises Error."""
-        rest = [node]
-        for below in rest:
-            rest += [child.node for child in below.children if child.node not in rest]
-            filename = getattr(below.options, "filename", None)
-            if filename is not None and _is_same_file(filename, self._filename):
-                raise Error(
-                    f"'{self._filename}' is in use as node '{below.name}', below node '{node.name}'", errno.EBUSY
-                )
-
-    def _options(self, node: Node) -> BlockdevOptions:
-        """The new node is opened as `node` is, but without a backing file."""
-        options = open_image.to_options(open_image.resolve(self._filename, self._format))
-        cache = BlockdevCacheOptions(direct=node.cache_direct, no_flush=node.no_flush)
-        like: dict[str, Any] = {
-            "read_only": node.read_only,
-            "auto_read_only": node.auto_read_only,
-            "discard": BlockdevDiscardOptions.UNMAP if node.discard_unmap else BlockdevDiscardOptions.IGNORE,
-            "cache": cache,
-        }
-        if not node.active:
-            like["active"] = False
-            file = getattr(options, "file", None)
-            if isinstance(file, BlockdevOptions):
-                like["file"] = structs.replace(file, active=False)
-        if hasattr(options, "backing"):
-            like["backing"] = NULL
-        return structs.replace(options, node_name=self._overlay_name or None, **like)
-
     async def clean(self) -> None:
         await super().clean()
         if self._opened is not None:
             await self._graph.unref(self._opened)
-
-
-def _is_same_file(one: str, other: str) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except (OSError, ValueError):
-        return False
 
 
 class BlockdevSnapshotSyncWrapper(TransactionAction, tag="blockdev-snapshot-sync"):

@@ -6,16 +6,17 @@ from enum import StrEnum
 from typing import Final
 
 from pyqsd.block import op_blockers
+from pyqsd.block.drive_image import NewImageMode, open_target
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
 from pyqsd.block.op_blockers import Op
 from pyqsd.jobs.block_job import BlockdevOnError
 from pyqsd.jobs.block_job_commands import MirrorCopyMode
 from pyqsd.jobs.job import Jobs
-from pyqsd.jobs.mirror import MirrorOptions, SyncMode, can_replace, next_in_chain, start_mirror
+from pyqsd.jobs.mirror import BackingMode, MirrorOptions, SyncMode, can_replace, next_in_chain, start_mirror
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
-from pyqsd.qapi.types import Uint32
+from pyqsd.qapi.types import Struct, Uint32
 
 _LEAST_GRANULARITY: Final = 512
 _MOST_GRANULARITY: Final = 64 << 20
@@ -80,6 +81,60 @@ async def blockdev_mirror(
         auto_dismiss=auto_dismiss,
     )
     await _mirror(jobs, graph, job_id, source, to, sync, options)
+
+
+class DriveMirror(Struct, kw_only=True):
+    """The arguments of ``drive-mirror``."""
+
+    job_id: str | None = None
+    device: str
+    target: str
+    format: str | None = None
+    node_name: str | None = None
+    replaces: str | None = None
+    sync: MirrorSyncMode
+    mode: NewImageMode = NewImageMode.ABSOLUTE_PATHS
+    speed: int = 0
+    granularity: Uint32 = 0
+    buf_size: int = 0
+    on_source_error: BlockdevOnError = BlockdevOnError.REPORT
+    on_target_error: BlockdevOnError = BlockdevOnError.REPORT
+    unmap: bool = True
+    copy_mode: MirrorCopyMode = MirrorCopyMode.BACKGROUND
+    auto_finalize: bool = True
+    auto_dismiss: bool = True
+
+
+@command("drive-mirror", boxed=True)
+async def drive_mirror(jobs: Jobs, graph: Graph, /, options: DriveMirror) -> None:
+    """Make the image `target` the same as the node `device`, and keep it so."""
+    source = find_root(graph, options.device)
+    op_blockers.check(source, Op.MIRROR_SOURCE)
+    if options.replaces is not None and options.node_name is None:
+        raise Error("a node-name must be provided when replacing a named node of the graph")
+    backing = {MirrorSyncMode.TOP: next_in_chain(source), MirrorSyncMode.NONE: source}.get(options.sync)
+    new = options.mode is NewImageMode.ABSOLUTE_PATHS
+    target = await open_target(source, options.target, options.format, options.mode, backing, options.node_name)
+    try:
+        how = MirrorOptions(
+            granularity=options.granularity,
+            buf_size=options.buf_size,
+            on_source_error=options.on_source_error,
+            on_target_error=options.on_target_error,
+            copy_mode=options.copy_mode,
+            unmap=options.unmap,
+            replaces=options.replaces,
+            backing=BackingMode.OF_SOURCE if new else BackingMode.OPEN,
+            # Only files are made, and these are zeroes.
+            zero_target=not new,
+            speed=options.speed,
+            auto_finalize=options.auto_finalize,
+            auto_dismiss=options.auto_dismiss,
+        )
+        await _mirror(jobs, graph, options.job_id, source, target, options.sync, how)
+    finally:
+        # Only if it has come to nothing: the job has it.
+        await graph.unref(target)
 
 
 async def _mirror(
