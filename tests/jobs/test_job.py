@@ -194,7 +194,7 @@ def test_a_job_that_fails(fail_in: str) -> None:
         assert job.log[-2:] == ["abort", "clean"] and "commit" not in job.log
         (info,) = bench.jobs.query()
         assert info.error == ("no such luck" if fail_in == "run" else "No space left on device")
-        job.user_dismiss()
+        await job.user_dismiss()
         assert bench.states[-1] == "null" and bench.jobs.query() == []
 
     run(test)

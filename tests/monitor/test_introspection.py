@@ -49,7 +49,6 @@ EXTRA: frozenset[str] = frozenset(
 #: Block jobs, transactions, iothreads and snapshots come later.
 COMMANDS_NOT_WRITTEN = frozenset(
     [
-        "block-commit",
         "blockdev-backup",
         "drive-backup",
         "x-blockdev-set-iothread",

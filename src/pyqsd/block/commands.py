@@ -73,3 +73,11 @@ def lookup(graph: Graph, device: str | None, node_name: str | None) -> Node:
     if node is None:
         raise Error(f"Cannot find device='{device or ''}' nor node-name='{node_name or ''}'")
     return node
+
+
+def find_root(graph: Graph, name: str) -> Node:
+    """The node `name`, which nobody uses but exports and such: a whole device. Raises Error."""
+    node = graph.find(name)
+    if any(isinstance(edge.parent, Node) or edge.parent.owner is not None for edge in node.parents):
+        raise Error("Need a root block node")
+    return node

@@ -6,7 +6,7 @@ import errno
 import os
 
 from pyqsd.block import activation
-from pyqsd.block.commands import lookup
+from pyqsd.block.commands import find_root, lookup
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
 from pyqsd.block.reopen import set_read_only
@@ -58,9 +58,7 @@ async def x_blockdev_change(graph: Graph, /, *, parent: str, child: str | None =
 async def change_backing_file(graph: Graph, /, *, device: str, image_node_name: str, backing_file: str) -> None:
     """Write the name `backing_file` into the image of `image_node_name`, which is in the backing chain of `device`. The
     graph does not change."""
-    top = graph.find(device)
-    if any(isinstance(edge.parent, Node) for edge in top.parents):
-        raise Error("Need a root block node")
+    top = find_root(graph, device)
     image = lookup(graph, None, image_node_name)
     if image.below() is None:
         raise Error("not allowing backing file change on an image without a backing file")

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 
 from pyqsd.block import action
 from pyqsd.block.action import Transaction, TransactionAction
+from pyqsd.block.commands import find_root
 from pyqsd.block.driver import ROLE_DATA, ROLE_FILTERED, ROLE_METADATA
 from pyqsd.block.graph import Graph
 from pyqsd.block.info import SnapshotInfo
@@ -36,13 +37,6 @@ def listed(node: Node) -> list[SnapshotInfo]:
         return [] if found is None else found.driver.snapshot_list()
     except OSError:
         return []
-
-
-def _root(graph: Graph, device: str) -> Node:
-    node = graph.find(device)
-    if any(isinstance(edge.parent, Node) for edge in node.parents):
-        raise Error("Need a root block node")
-    return node
 
 
 def _list(node: Node) -> list[SnapshotInfo]:
@@ -75,7 +69,7 @@ class InternalSnapshotAction(action.Action):
 
     async def prepare(self) -> None:
         device, name = self.device, self.name
-        node = _root(self.graph, device)
+        node = find_root(self.graph, device)
         if node.read_only:
             raise Error(f"Device '{device}' is read only")
         target = owner(node)
@@ -135,7 +129,7 @@ async def blockdev_snapshot_delete_internal_sync(
     graph: Graph, /, *, device: str, id: str | None = None, name: str | None = None
 ) -> SnapshotInfo:
     """Delete the internal snapshot with this id and name; one of them is enough."""
-    node = _root(graph, device)
+    node = find_root(graph, device)
     if id is None and name is None:
         raise Error("Name or id must be provided")
     found = next((one for one in _list(node) if id in (None, one.id) and name in (None, one.name)), None)

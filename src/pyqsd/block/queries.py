@@ -108,7 +108,7 @@ def nodes_in_order(graph: Graph) -> list[Node]:
             visit(file.node)
         found[node.name] = node
         for child in node.children:
-            if not child.node.monitor_owned:
+            if not child.node.monitor_owned and not child.node.job_owned:
                 visit(child.node)
 
     for node in graph.nodes.values():

@@ -159,7 +159,7 @@ async def _prepare(
     try:
         apply_options(node, options, above.node if above is not None else None, role)
         if above is not None and by_name:
-            _keep_inherited(item, options, above.options)
+            _keep_inherited(item, options, above.options, work.keep_children)
         item.new_effective = {name: getattr(node, name) for name in _EFFECTIVE}
     finally:
         item.set_effective(item.old_effective)
@@ -197,8 +197,9 @@ def _replace_children(change: Change, item: _Prepared) -> None:
             change.add(item.node, name, new, role)
 
 
-def _keep_inherited(item: _Prepared, options: BlockdevOptions, above: BlockdevOptions) -> None:
-    """A child that its parent's options only name stays as it is where those say nothing."""
+def _keep_inherited(item: _Prepared, options: BlockdevOptions, above: BlockdevOptions, with_read_only: bool) -> None:
+    """A child that its parent's options only name stays as it is where those say nothing; `with_read_only`: but it is
+    read-only, or not, as its parent is."""
     own, parents = options.cache, above.cache
     given = {
         "read_only": (options.read_only, above.read_only),
@@ -208,6 +209,8 @@ def _keep_inherited(item: _Prepared, options: BlockdevOptions, above: BlockdevOp
         "no_flush": (own and own.no_flush, parents and parents.no_flush),
     }
     for name, values in given.items():
+        if with_read_only and name in ("read_only", "auto_read_only"):
+            continue
         if values == (None, None):
             setattr(item.node, name, item.old_effective[name])
 

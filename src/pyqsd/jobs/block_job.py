@@ -210,7 +210,14 @@ class BlockJob(Job):
     async def clean(self) -> None:
         for backend in reversed(tuple(self._backends)):
             self.close_backend(backend)
+        await self.release_nodes()
+
+    async def release_nodes(self) -> None:
+        """Let go of all nodes; those that nobody else uses are closed."""
+        nodes = [edge.node for edge, _ in self._nodes]
         self.remove_nodes()
+        for node in nodes:
+            await self.graph.unref(node)
 
     def give_up(self) -> None:
         for backend in reversed(tuple(self._backends)):

@@ -170,7 +170,7 @@ async def block_job_complete(jobs: Jobs, /, *, device: str) -> None:
 @command("block-job-dismiss")
 async def block_job_dismiss(jobs: Jobs, /, *, id: str) -> None:
     """Forget a job that has concluded."""
-    find(jobs, id).user_dismiss()
+    await find(jobs, id).user_dismiss()
 
 
 @command("block-job-finalize")

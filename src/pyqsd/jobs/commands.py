@@ -37,7 +37,7 @@ async def job_complete(jobs: Jobs, /, *, id: str) -> None:
 @command("job-dismiss")
 async def job_dismiss(jobs: Jobs, /, *, id: str) -> None:
     """Forget a job that has concluded."""
-    jobs.find(id).user_dismiss()
+    await jobs.find(id).user_dismiss()
 
 
 @command("job-finalize")

@@ -206,6 +206,9 @@ class Job:
     async def clean(self) -> None:
         """Release everything, after `commit` or `abort`. Cannot fail."""
 
+    async def dismissed(self) -> None:
+        """Nobody can ask for the job any more: release what `clean` has kept for that. Cannot fail."""
+
     async def pausing(self) -> None:
         """It is about to stand still: wait for all that it has under way. Raises nothing."""
 
@@ -329,6 +332,7 @@ class Job:
         self._become(JobStatus.CONCLUDED)
         if self.auto_dismiss:
             self._remove()
+            await self._must(self.dismissed())
         # Its own task has nothing more to do.
         self._changed.set()
 
@@ -490,10 +494,11 @@ class Job:
         self._changed.set()
         await self.wait()
 
-    def user_dismiss(self) -> None:
+    async def user_dismiss(self) -> None:
         """``job-dismiss``. Raises Error."""
         self.check_verb(JobVerb.DISMISS)
         self._remove()
+        await self._must(self.dismissed())
 
     def info(self) -> JobInfo:
         """What ``query-jobs`` tells."""
@@ -516,6 +521,7 @@ class Job:
             await asyncio.wait([task])
         if self.status is JobStatus.CONCLUDED:
             self._remove()
+            await self._must(self.dismissed())
 
 
 class JobGroup:

@@ -22,6 +22,7 @@ MODULES = (
     "pyqsd.jobs.amend",
     "pyqsd.jobs.transaction",
     "pyqsd.jobs.mirror_commands",
+    "pyqsd.jobs.commit",
     "pyqsd.exports.commands",
     "pyqsd.exports.nbd.commands",
     "pyqsd.qom.commands",
