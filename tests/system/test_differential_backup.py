@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import peers
+from tests.support import images, peers
 from tests.system.differential import Context, Do, Session, add, check_session, cmd, delete
 from tests.system.test_differential_filters import GRAPH, NBD_START, K, data, export, requests, unexport
 from tests.system.test_differential_fleecing import NODES, bitmap, failing, image
@@ -78,6 +78,8 @@ def _block_jobs(context: Context) -> Any:
     return jobs
 
 
+#: Events of jobs that have ended, so that nobody takes them for those of the next one.
+FORGET = Do("forget", lambda context: context.daemon.qmp.events.clear())
 BLOCK_JOBS = Do("block jobs", _block_jobs)
 
 
@@ -202,6 +204,33 @@ def wait_stopped(context: Context) -> None:
     )
 
 
+def drive(target: str, **more: Any) -> Do:
+    """A drive-backup job from its start to its end, and what the image is then."""
+    message = cmd("drive-backup", **{"job_id": "j", "device": "s", "target": target, "sync": "full", **more})
+
+    def run(context: Context) -> Any:
+        qmp = context.daemon.qmp
+        reply = qmp.raw_command(message)
+        if "error" in reply:
+            return reply
+        end = qmp.wait_event("BLOCK_JOB_COMPLETED")["data"]
+        qmp.wait_event("JOB_STATUS_CHANGE", match=lambda event: event["data"]["status"] == "null")
+        info = images.info(context.workdir / target)
+        return (
+            reply,
+            end,
+            {key: info.get(key) for key in ("format", "virtual-size", "backing-filename", "cluster-size")},
+        )
+
+    return Do(f"drive-backup to {target} {more}", run)
+
+
+def _own_nodes(context: Context) -> Any:
+    nodes = context.daemon.qmp.execute("query-named-block-nodes", flat=True)
+    keys = ("drv", "file", "ro", "detect_zeroes", "backing_file", "cache")
+    return [{key: node.get(key) for key in keys} for node in nodes]
+
+
 def pending(context: Context) -> None:
     """Until the job is, if there is one."""
     if context.daemon.qmp.execute("query-jobs"):
@@ -313,8 +342,10 @@ SESSIONS = [
             start(auto_finalize=False),
             until("pending"),
             cmd("job-cancel", id="j"),
+            until("null"),
             GRAPH,
             export("s"),
+            FORGET,
             start(sync="none"),
             BLOCK_JOBS,
             NODES,
@@ -329,6 +360,7 @@ SESSIONS = [
             until("concluded"),
             JOBS,
             cmd("job-dismiss", id="j"),
+            FORGET,
             start(speed=4096),
             cmd("block-job-set-speed", device="j", speed=0),
             until("null"),
@@ -455,6 +487,58 @@ SESSIONS = [
         for mode in ("never", "on-success", "always")
     ),
     *error_sessions(),
+    Session(
+        "drive-backup",
+        [
+            *START,
+            image("s", discard="unmap"),
+            add(driver="file", node_name="raw", filename="t.raw"),
+            drive("a.img"),
+            drive("a.img", sync="top"),
+            content("a.img"),
+            drive("b.img", format="raw"),
+            drive("b.img", format="raw", sync="top"),
+            drive("b.img", format="nosuch"),
+            drive("b.img", mode="nosuch"),
+            drive("b.img", compress=True, format="raw"),
+            drive("c.img", compress=True),
+            content("c.img"),
+            drive("nosuch.img", mode="existing"),
+            drive("t.qcow2", mode="existing"),
+            drive("u.qcow2", mode="existing", format="qcow2"),
+            drive("u.qcow2", mode="existing", format="raw"),
+            drive("inc.qcow2", mode="existing", sync="top"),
+            content("inc.qcow2"),
+            drive("no/such"),
+            drive(""),
+            drive("d.img", device="nosuch"),
+            drive("d.img", device="raw"),
+            drive("d.img", device="raw", format="qcow2", sync="top"),
+            content("d.img"),
+            drive("e.img", job_id="-"),
+            drive("e.img", sync="bitmap", bitmap="nosuch", bitmap_mode="never"),
+            drive("e.img", job_id=None),
+            cmd("drive-backup", job_id="j", device="s", target="f.img", sync="none"),
+            GRAPH,
+            Do("nodes of a drive-backup", _own_nodes),
+            cmd("job-cancel", id="j"),
+            until("null", "j"),
+            transaction(
+                ("drive-backup", {"job_id": "g", "device": "s", "target": "g.img", "sync": "full"}),
+                ("drive-backup", {"job_id": "h", "device": "raw", "target": "h.img", "sync": "full"}),
+                **GROUPED,
+            ),
+            until("null", "g"),
+            until("null", "h"),
+            content("g.img"),
+            transaction(
+                ("drive-backup", {"job_id": "k", "device": "s", "target": "k.img", "sync": "full"}), ("abort", {})
+            ),
+            GRAPH,
+            JOBS,
+        ],
+        compare_events=False,
+    ),
     Session(
         "backup-transaction",
         [

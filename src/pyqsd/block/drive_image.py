@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -71,7 +72,7 @@ async def open_target(
     mode: NewImageMode,
     backing: Node | None,
     name: str | None,
-    **more: Any,
+    more: Mapping[str, Any] | None = None,
 ) -> Node:
     """A node of the image `filename` for a job to write to, opened like `source`; it lives as long as somebody uses it,
     or until `Graph.unref`.
@@ -94,8 +95,8 @@ async def open_target(
         elif fmt is None:
             fmt = await open_image.probe(source, filename)
         options = options_like(source, filename, fmt, name)
-        more = {option: value for option, value in more.items() if hasattr(options, option)}
-        return await graph.open_unattached(structs.replace(options, read_only=False, **more))
+        changes = {option: value for option, value in (more or {}).items() if hasattr(options, option)}
+        return await graph.open_unattached(structs.replace(options, read_only=False, **changes))
     except OSError as exc:
         number = exc.errno or errno.EIO
         raise Error(f"Could not open '{filename}': {os.strerror(number)}", number) from exc

@@ -200,8 +200,10 @@ class BackupJob(BlockJob):
 
     async def clean(self) -> None:
         self._copier.on_copied = self._copier.on_skipped = None
-        await super().clean()
+        # The filter is closed, and the target if nobody else uses it, once nobody holds them.
+        self.remove_nodes()
         await drop_filter(self.graph, self._filter)
+        await super().clean()
 
 
 async def put_filter(

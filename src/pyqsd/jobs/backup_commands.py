@@ -240,19 +240,15 @@ class DriveBackupAction(BackupAction):
         elif drive.sync is MirrorSyncMode.NONE:
             backing = source
         apart = drive.sync is MirrorSyncMode.NONE
-        target = self._opened = await open_target(
-            source,
-            drive.target,
-            drive.format,
-            mode,
-            backing,
-            None,
+        options = {
             # What is zeroed must hide what the image's own backing file has there.
-            backing=NULL if apart else None,
-            discard=BlockdevDiscardOptions.UNMAP,
-            detect_zeroes=BlockdevDetectZeroesOptions.UNMAP,
-            auto_read_only=False,
-        )
+            "backing": NULL if apart else None,
+            "discard": BlockdevDiscardOptions.UNMAP,
+            "detect_zeroes": BlockdevDetectZeroesOptions.UNMAP,
+            "auto_read_only": False,
+        }
+        target = await open_target(source, drive.target, drive.format, mode, backing, None, options)
+        self._opened = target
         if apart:
             _set_backing(target, source)
         return target
