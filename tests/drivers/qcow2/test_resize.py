@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pyqsd.block.driver import MAY_UNMAP
+from pyqsd.block.node import Node
 from pyqsd.qapi.errors import Error
 from tests.drivers.qcow2.support import Model, opened, run
 from tests.support import images
@@ -37,6 +42,125 @@ def test_grow_and_shrink(tmp_path: Path, options: str) -> None:
     content = run(main())
     images.assert_clean(path)
     assert images.read_all(path, "qcow2", tmp_path / "raw") == content
+
+
+class Resized:
+    """A disk that is written while it is resized. What was cut off reads as zeroes when it comes back."""
+
+    def __init__(self, node: Node, seed: int) -> None:
+        self.node = node
+        self.random = random.Random(seed)
+        self.content = bytearray(node.length)
+        #: Requests in flight: their ranges, and the lowest end that the disk has had meanwhile.
+        self.busy: dict[tuple[int, int], int] = {}
+        self.end = node.length  # requests are below
+
+    def free_range(self, unit: int, largest: int) -> tuple[int, int] | None:
+        """A range that no request in flight touches."""
+        for _ in range(20):
+            length = self.random.randrange(1, largest + 1) // unit * unit or unit
+            if length > self.end:
+                continue
+            offset = self.random.randrange(self.end - length + 1) // unit * unit
+            if all(offset >= stop or start >= offset + length for start, stop in self.busy):
+                return offset, length
+        return None
+
+    async def request(self) -> None:
+        found = self.free_range(self.random.choice((1, 512, 4096)), self.random.choice((3000, 70_000, 300_000)))
+        if found is None:
+            await asyncio.sleep(0)
+            return
+        offset, length = found
+        self.busy[offset, offset + length] = self.end
+        action = self.random.random()
+        try:
+            if action < 0.6:
+                data = self.random.randbytes(length)
+                await self.node.pwrite(offset, data)
+                self.wrote(offset, data)
+            elif action < 0.75:
+                await self.node.pwrite_zeroes(offset, length, self.random.choice((0, MAY_UNMAP)))
+                self.wrote(offset, bytes(length))
+            elif action < 0.85:
+                await self.node.pdiscard(offset, length)
+                if (n := self.kept(offset, length)) > 0:
+                    self.wrote(offset, await self.node.pread(offset, n))
+            else:
+                data = await self.node.pread(offset, length)
+                n = self.kept(offset, length)
+                assert n <= 0 or data[:n] == self.content[offset : offset + n], f"{offset:#x}+{length:#x}"
+        except OSError as exc:
+            # It came too late for what has been cut off.
+            assert exc.errno == errno.EIO and self.kept(offset, length) < length, exc
+            if (n := self.kept(offset, length)) > 0:
+                self.wrote(offset, await self.node.pread(offset, n))
+        finally:
+            del self.busy[offset, offset + length]
+
+    def kept(self, offset: int, length: int) -> int:
+        """How much of a request in flight has not been cut off since it began; may be negative."""
+        return min(length, self.busy[offset, offset + length] - offset)
+
+    def wrote(self, offset: int, data: bytes) -> None:
+        n = min(len(data), len(self.content) - offset)
+        if n > 0:
+            self.content[offset : offset + n] = data[:n]
+
+    async def resize(self, length: int) -> None:
+        self.end = min(self.end, length)
+        self.busy = {where: min(low, length) for where, low in self.busy.items()}
+        cut = min(length, len(self.content))
+        await self.node.truncate(length)
+        assert self.node.length == length
+        # Requests that were there before the resize have ended.
+        del self.content[cut:]
+        self.content += bytes(length - cut)
+        self.end = length
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "data_file=DIR/data",
+        "data_file=DIR/data,data_file_raw=on",
+        "data_file=DIR/data,cluster_size=512",
+        "data_file=DIR/data,extended_l2=on,cluster_size=16k",
+        "data_file=DIR/data,data_file_raw=on,extended_l2=on,lazy_refcounts=on",
+        "cluster_size=4k",
+        "extended_l2=on",
+    ],
+)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_resized_while_written(tmp_path: Path, options: str, seed: int) -> None:
+    path = images.create(tmp_path / "disk", 2 * MiB, options=options.replace("DIR", str(tmp_path)))
+
+    async def main() -> bytearray:
+        async with opened(path) as node:
+            disk = Resized(node, seed)
+
+            async def write() -> None:
+                for _ in range(12):
+                    await disk.request()
+
+            for number in range(14):
+                writers = [asyncio.ensure_future(write()) for _ in range(4)]
+                for _ in range(disk.random.randrange(6)):
+                    await asyncio.sleep(0)
+                unit = 512 if number % 2 else MiB // 4
+                await disk.resize(disk.random.randrange(MiB, 6 * MiB) // unit * unit)
+                await asyncio.gather(*writers)
+            await disk.resize(3 * MiB)
+            assert await node.pread(0, node.length) == disk.content
+        async with opened(path) as node:
+            assert await node.pread(0, node.length) == disk.content
+        return disk.content
+
+    content = run(main())
+    images.assert_clean(path)
+    assert images.read_all(path, "qcow2", tmp_path / "raw") == content
+    if "data_file_raw" in options:
+        assert (tmp_path / "data").read_bytes() == content
 
 
 @pytest.mark.parametrize("compat", ["0.10", "1.1"])

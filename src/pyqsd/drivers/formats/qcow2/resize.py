@@ -90,22 +90,24 @@ async def _grow_l1(image: Image, entries: int) -> None:
     image.event("l1_grow_alloc_table")
     first, _ = await image.refcounts.allocate(clusters, contiguous=True)
     await image.writeback.run(refcounts=True)
-    table = array("Q", l2.l1)
-    table.extend(array("Q", bytes(8 * (wanted - len(table)))))
-    data = array("Q", table)
-    data.byteswap()
-    whole = data.tobytes()
-    image.event("l1_grow_write_table")
-    await image.file.pwrite(first << bits, whole + bytes((clusters << bits) - len(whole)))
-    await image.file.flush()
     old, old_clusters = header.l1_offset >> bits, (header.l1_size * 8 + image.cluster_mask) >> bits
-    async with image.header_lock:
-        at, fields = headers.l1_fields(wanted, first << bits)
-        image.event("l1_grow_activate_table")
-        await image.file.pwrite(at, fields)
+    # What is on disk moves: entries in memory may refer to L2 tables that are not there yet, and follow in their turn.
+    # No entry goes to the old place after it has been copied.
+    async with image.writeback.lock:
+        whole = bytes(await image.file.pread(header.l1_offset, header.l1_size * 8)) if header.l1_size else b""
+        image.event("l1_grow_write_table")
+        await image.file.pwrite(first << bits, whole + bytes((clusters << bits) - len(whole)))
         await image.file.flush()
-        header.l1_offset, header.l1_size = first << bits, wanted
-    l2.l1 = table
+        async with image.header_lock:
+            at, fields = headers.l1_fields(wanted, first << bits)
+            image.event("l1_grow_activate_table")
+            await image.file.pwrite(at, fields)
+            await image.file.flush()
+            header.l1_offset, header.l1_size = first << bits, wanted
+        # Requests go on meanwhile: as the table is in memory now, without waiting.
+        table = array("Q", l2.l1)
+        table.extend(array("Q", bytes(8 * (wanted - len(table)))))
+        l2.l1 = table
     image.meta.remove("active_l1", old, old_clusters)
     image.meta.add("active_l1", first, clusters)
     if old_clusters:

@@ -39,7 +39,8 @@ class WriteBack:
 
     def __init__(self, image: Image) -> None:
         self.image = image
-        self._lock = asyncio.Lock()
+        #: Held by a round, and by whoever needs the L1 table on disk to stay as it is.
+        self.lock = asyncio.Lock()
 
     @property
     def needed(self) -> bool:
@@ -58,7 +59,7 @@ class WriteBack:
         lazy = image.settings.lazy_refcounts and image.header.incompatible & headers.INCOMPAT_DIRTY
         if refcounts is None:
             refcounts = not lazy
-        async with self._lock:
+        async with self.lock:
             if not self.needed:
                 return
             image.check_usable()
