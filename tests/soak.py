@@ -1,9 +1,9 @@
 """`python -m tests.soak`: the random tests for longer, with seeds that no test run has.
 
 Bounded in time (`--minutes`) and in rounds (`--rounds`). Each round is one random workload, one through the compress
-filter, one storm of concurrent requests, one of changes of the graph under load, one of all features of qcow2 at once,
-one kill -9, and fuzz on both protocols. The first failure ends it, prints what it was and how to do that round again
-(`--seed`), and leaves the files where they are.
+filter, one of an image with a data file that is resized again and again, one storm of concurrent requests, one of
+changes of the graph under load, one of all features of qcow2 at once, one kill -9, and fuzz on both protocols. The
+first failure ends it, prints what it was and how to do that round again (`--seed`), and leaves the files there.
 """
 
 from __future__ import annotations
@@ -37,6 +37,12 @@ def workload(root: Path, seed: int) -> str:
     spec = test_random_workload.KINDS[kind]
     # Not compared with what the real daemon ends with: it may trim a little more or less than we do.
     test_random_workload.run_workload("pyqsd", root / "workload", spec, 1500, seed)
+    return kind
+
+
+def data_file(root: Path, seed: int) -> str:
+    kind = random.Random(seed).choice(list(test_random_workload.DATA_FILES))
+    test_random_workload.run_data_file(root / "data", test_random_workload.DATA_FILES[kind], 1500, seed)
     return kind
 
 
@@ -130,6 +136,7 @@ def check_only(root: Path, seed: int) -> str:
 PARTS = {
     "workload": workload,
     "compressed": compressed,
+    "data-file": data_file,
     "storm": storm,
     "graph": graph,
     "features": features,

@@ -71,6 +71,47 @@ def test_encrypted(name: str, tmp_path: Path) -> None:
     assert hashlib.sha256(ours).digest() == hashlib.sha256(theirs).digest(), "the two daemons end with other contents"
 
 
+#: name → (qemu-img options, cluster size, extra node options, seed)
+DATA_FILES: dict[str, tuple[str, int, dict[str, Any], int]] = {
+    "data-file": ("", 64 * KiB, {"discard": "unmap"}, 20),
+    "data-file-raw": ("data_file_raw=on", 64 * KiB, {"discard": "unmap"}, 21),
+    "data-file-512": ("cluster_size=512", 512, {"discard": "unmap"}, 22),
+    "data-file-raw-extended": ("data_file_raw=on,extended_l2=on,cluster_size=16k", 16 * KiB, {"discard": "unmap"}, 23),
+    "data-file-extended-lazy": ("extended_l2=on,lazy_refcounts=on,cluster_size=2M", 2 * MiB, {}, 24),
+    "data-file-no-unref": ("cluster_size=4k", 4 * KiB, {"discard": "unmap", "discard-no-unref": True}, 25),
+}
+
+
+def run_data_file(root: Path, spec: tuple[str, int, dict[str, Any], int], steps: int, seed: int | None = None) -> None:
+    """An image with an external data file, made larger and smaller every few steps. Not with the real daemon, which
+    ends itself when such an image is resized without a writer, and refuses it with one."""
+    options, cluster, node_options, own_seed = spec
+    root.mkdir()
+    data = root / "data.raw"
+    path = images.create(root / "disk.img", SIZE, options=f"data_file={data}" + (options and f",{options}"))
+    model = bytearray(SIZE)
+    image = {
+        "driver": "qcow2",
+        "format": {**node_options, "data-file": "data"},
+        "nodes": [{"driver": "file", "node-name": "data", "filename": "data.raw", "discard": "unmap"}],
+        "file": {"filename": "disk.img", "discard": "unmap"},
+    }
+    runner = Runner("pyqsd", root, image, model, extended=own_seed % 2 == 0)
+    # Every other size ends within a cluster.
+    unit = cluster if own_seed % 2 else 512
+    runner.run(make_steps(own_seed if seed is None else seed, steps, SIZE, MAX_SIZE, unit, resizes=8))
+    images.assert_clean(path)
+    content = images.read_all(path, "qcow2", root / "scratch.raw")
+    assert content == bytes(model), "qemu-img reads something else than the daemon did"
+    if "data_file_raw" in options:
+        assert data.read_bytes() == content, "the data file is not the disk"
+
+
+@pytest.mark.parametrize("name", DATA_FILES)
+def test_data_file(name: str, tmp_path: Path) -> None:
+    run_data_file(tmp_path / "pyqsd", DATA_FILES[name], 400)
+
+
 def run_workload(
     daemon: str,
     root: Path,

@@ -31,10 +31,13 @@ def pattern(seed: int, length: int) -> bytes:
     return random.Random(seed).randbytes(length)
 
 
-def make_steps(seed: int, count: int, size: int, max_size: int, resize_unit: int = 512) -> list[Step]:
+def make_steps(
+    seed: int, count: int, size: int, max_size: int, resize_unit: int = 512, resizes: float = 1
+) -> list[Step]:
     """Random steps; offsets and lengths of all alignments, and often at cluster and sector edges.
 
-    New sizes are multiples of `resize_unit`: qcow2 leaves it open what is behind the end in the last cluster.
+    New sizes are multiples of `resize_unit`: qcow2 leaves it open what is behind the end in the last cluster. One step
+    in a hundred is a resize, or `resizes`.
     """
     rng = random.Random(seed)
     steps: list[Step] = []
@@ -49,7 +52,7 @@ def make_steps(seed: int, count: int, size: int, max_size: int, resize_unit: int
     while len(steps) < count:
         kind = rng.choices(
             ("read", "write", "zero", "trim", "flush", "cache", "status", "resize", "reopen", "restart", "burst"),
-            (25, 35, 10, 10, 4, 1, 4, 1, 1, 0.7, 6),
+            (25, 35, 10, 10, 4, 1, 4, resizes, 1, 0.7, 6),
         )[0]
         if kind in ("read", "write", "zero", "trim", "cache", "status", "burst"):
             longest = rng.choice((512, 4 * KiB, 64 * KiB, 300 * KiB))
