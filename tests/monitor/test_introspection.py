@@ -46,9 +46,11 @@ EXTRA: frozenset[str] = frozenset(
     ]
 )
 
-#: Iothreads come later.
+#: Block jobs, transactions, iothreads and snapshots come later.
 COMMANDS_NOT_WRITTEN = frozenset(
     [
+        "blockdev-backup",
+        "drive-backup",
         "x-blockdev-set-iothread",
     ]
 )

@@ -353,8 +353,7 @@ class Graph:
                 node is backend.node or is_below(node, backend.node) for node in section.nodes
             ):
                 backend.quiesce()
-                # The newest is the first that goes on: QSD's order of the jobs that a transaction starts.
-                section.backends.insert(0, backend)
+                section.backends.append(backend)
 
 
 def backends_above(node: Node) -> list[BlockBackend]:

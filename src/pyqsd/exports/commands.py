@@ -9,7 +9,7 @@ from pyqsd.qapi.command import command
 @command("block-export-add", boxed=True)
 async def block_export_add(exports: Exports, /, *, options: BlockExportOptions) -> None:
     """Export a node."""
-    await exports.add(options)
+    await exports.add(options, from_monitor=True)
 
 
 @command("block-export-del")

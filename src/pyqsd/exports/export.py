@@ -37,6 +37,7 @@ class BlockExportType(StrEnum):
     """The export types that there are."""
 
     NBD = "nbd"
+    VHOST_USER_BLK = "vhost-user-blk"
 
 
 class BlockExportRemoveMode(StrEnum):
@@ -146,6 +147,8 @@ class Export:
         self.options = options
         self.backend = backend
         self.writable = bool(options.writable)
+        #: A client of a monitor has asked for it, not the command line.
+        self.from_monitor = False
         self.state = State.CREATED
 
     def become(self, state: State) -> None:
@@ -201,7 +204,7 @@ class Exports:
         """The exports of that type, oldest first."""
         return [export for export in self._exports.values() if export.export_type is kind]
 
-    async def add(self, options: BlockExportOptions) -> Export:
+    async def add(self, options: BlockExportOptions, *, from_monitor: bool = False) -> Export:
         """Export a node (``block-export-add``). Raises Error."""
         if not _WELL_FORMED.fullmatch(options.id):
             raise Error("Invalid block export id")
@@ -227,6 +230,7 @@ class Exports:
             # One after the other, as QSD does: messages name the first conflict.
             backend.set_perms(perm, cls.SHARED)
             export = cls(self, options, backend)
+            export.from_monitor = from_monitor
             # From here on the id is taken, whatever else happens while the export starts.
             self._exports[options.id] = export
             backend.on_resize = export.resized

@@ -1,0 +1,1 @@
+"""What exports share whose clients are virtio drivers: guest memory, split virtqueues, the block device."""
