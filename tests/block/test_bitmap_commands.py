@@ -137,3 +137,19 @@ def test_states_forbid_commands() -> None:
         assert not qmp.graph.find("n").dirty_bitmaps
 
     run(test)
+
+
+def test_a_bitmap_that_would_be_too_large() -> None:
+    async def test(qmp: Commands) -> None:
+        await qmp.add("null-co", "n", size=1 << 62)
+        error = await qmp.refused("block-dirty-bitmap-add", node="n", name="b")
+        assert error == f"Granularity 65536 is too small for a node of {1 << 62} bytes"
+        await qmp("block-dirty-bitmap-add", node="n", name="b", granularity=1 << 22)
+        user = BlockBackend(qmp.graph, "a test", perms.CONSISTENT_READ | perms.WRITE, perms.ALL)
+        user.insert(qmp.graph.find("n"))
+        for n in range(2000):
+            await user.pwritev(n << 41, 512, [memoryview(bytearray(512))])
+        assert (await qmp.node("n"))["dirty-bitmaps"][0]["count"] == 2000 << 22
+        user.remove()
+
+    run(test)

@@ -46,11 +46,9 @@ EXTRA: frozenset[str] = frozenset(
     ]
 )
 
-#: Block jobs, transactions, iothreads and snapshots come later.
+#: Iothreads come later.
 COMMANDS_NOT_WRITTEN = frozenset(
     [
-        "blockdev-backup",
-        "drive-backup",
         "x-blockdev-set-iothread",
     ]
 )

@@ -181,6 +181,62 @@ SESSIONS = [
         images=("raw.img",),
     ),
     Session(
+        "bitmap-merge",
+        [
+            NBD_START,
+            # Neither is a multiple of all granularities.
+            *(add(driver="null-co", node_name=name, size=(9 << 20) + 512) for name in ("n", "other")),
+            add(driver="null-co", node_name="longer", size=(9 << 20) + 1024),
+            *(bitmap("add", f"g{bits}", granularity=1 << bits) for bits in (9, 12, 16, 20)),
+            *(bitmap("add", f"o{bits}", "other", granularity=1 << bits) for bits in (9, 16)),
+            bitmap("add", "long", "longer"),
+            export("e", "n", writable=True),
+            WRITES,
+            write("e", lambda c: c.pwrite(9 << 20, b"e" * 512), lambda c: c.zero((3 << 20) - 5, 70000)),
+            *(
+                step
+                for target in (9, 12, 16, 20)
+                for source in (9, 12, 16, 20)
+                for step in (
+                    bitmap("add", "t", granularity=1 << target),
+                    cmd(MERGE, node="n", target="t", bitmaps=[f"g{source}"]),
+                    sha("t"),
+                    NODES,
+                    bitmap("remove", "t"),
+                )
+            ),
+            *(
+                step
+                for target in (9, 16)
+                for step in (
+                    cmd(
+                        MERGE,
+                        node="other",
+                        target=f"o{target}",
+                        bitmaps=[{"node": "n", "name": f"g{bits}"} for bits in (20, 9)],
+                    ),
+                    sha(f"o{target}", "other"),
+                )
+            ),
+            # A bitmap may be merged into itself, and more than once.
+            cmd(MERGE, node="n", target="g9", bitmaps=["g9"]),
+            cmd(MERGE, node="n", target="g9", bitmaps=["g12", "g9", "g12", {"node": "n", "name": "g16"}]),
+            sha("g9"),
+            bitmap("disable", "g12"),
+            cmd(MERGE, node="n", target="g12", bitmaps=["g20"]),
+            sha("g12"),
+            cmd(MERGE, node="n", target="g9", bitmaps=["g20", {"node": "longer", "name": "long"}]),
+            cmd(MERGE, node="n", target="g9", bitmaps=[{"node": "longer", "name": "long"}, "nosuch"]),
+            cmd(MERGE, node="n", target="g9", bitmaps=["nosuch", {"node": "longer", "name": "long"}]),
+            cmd(MERGE, node="n", target="nosuch", bitmaps=["nosuch"]),
+            cmd(MERGE, node="n", target="g9", bitmaps=[{"node": "n", "name": "o9"}]),
+            cmd(MERGE, node="n", target="g9", bitmaps=[{"node": "n", "name": "o9", "x": 1}]),
+            cmd(MERGE, node="n", target="g9"),
+            sha("g9"),
+            NODES,
+        ],
+    ),
+    Session(
         "bitmap-busy",
         [
             NBD_START,

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.jobs.test_commit import Chain
 from tests.support import images, peers
+from tests.support.daemon import DaemonProcess
 from tests.support.images import MiB
 from tests.system.differential import Context, Do, Session, add, check_session, cmd, delete
 
@@ -136,6 +138,8 @@ def nodes() -> Do:
         found = context.daemon.qmp.execute("query-named-block-nodes", flat=True)
         for node in found:
             del node["image"]["actual-size"]
+            if node["drv"] == "file":
+                del node["image"]["virtual-size"]
         return found
 
     return Do("nodes", run)
@@ -191,6 +195,11 @@ def _ended(context: Context) -> Any:
     return [job.get("error") for job in context.daemon.qmp.execute("query-jobs")]
 
 
+def _gone(context: Context) -> None:
+    context.daemon.qmp.wait_event("JOB_STATUS_CHANGE", match=lambda event: event["data"]["status"] == "null")
+
+
+GONE = Do("gone", _gone)
 CONCLUDED = Do("concluded", _concluded)
 PAUSED = Do("paused", _paused)
 
@@ -447,6 +456,201 @@ SESSIONS = [
         compare_events=False,
     ),
     Session(
+        "active-commit-whole",
+        [
+            *CHAIN,
+            NBD,
+            cmd("block-export-add", type="nbd", id="e", node_name="top", writable=True),
+            commit(base_node="m1", filter_node_name="flt", auto_dismiss=False),
+            until("ready", "BLOCK_JOB_READY"),
+            GRAPH,
+            nodes(),
+            JOBS,
+            BLOCK_JOBS,
+            image("m1.qcow2"),
+            cmd("job-complete", id="j"),
+            until("concluded"),
+            GRAPH,
+            nodes(),
+            JOBS,
+            BLOCK_JOBS,
+            image("m2.qcow2"),
+            image("top.qcow2"),
+            cmd("job-dismiss", id="j"),
+            GRAPH,
+            delete("top"),
+            delete("m3"),
+            delete("m2"),
+            delete("m1"),
+        ],
+        images=ALL,
+    ),
+    Session(
+        "active-commit-into-the-last",
+        [
+            *CHAIN,
+            commit(auto_finalize=False),
+            until("ready", "BLOCK_JOB_READY"),
+            GRAPH,
+            cmd("job-complete", id="j"),
+            until("pending", "BLOCK_JOB_PENDING"),
+            GRAPH,
+            cmd("job-finalize", id="j"),
+            until("null"),
+            GRAPH,
+            nodes(),
+            image("base.qcow2"),
+        ],
+        images=ALL,
+    ),
+    Session(
+        "active-commit-that-does-not-end",
+        [
+            *CHAIN,
+            commit(base_node="m1", auto_dismiss=False),
+            until("ready", "BLOCK_JOB_READY"),
+            cmd("job-cancel", id="j"),
+            until("concluded"),
+            GRAPH,
+            JOBS,
+            cmd("job-dismiss", id="j"),
+            Do("forget", lambda context: context.daemon.qmp.events.clear()),
+            commit(base_node="m1"),
+            until("ready", "BLOCK_JOB_READY"),
+            # It ends here, and leaves the graph as it was.
+            cmd("block-job-cancel", device="j"),
+            until("null"),
+            GRAPH,
+            image("m1.qcow2"),
+            image("top.qcow2"),
+        ],
+        images=ALL,
+        compare_events=False,
+    ),
+    Session(
+        "active-commit-in-the-way",
+        [
+            *CHAIN,
+            layer("ov", None, read_only=False),
+            commit(base_node="m1", filter_node_name="flt"),
+            until("ready", "BLOCK_JOB_READY"),
+            *(cmd("blockdev-snapshot", node=name, overlay="ov") for name in (*NAMES, "flt")),
+            reopen("m2", "base", **{"read-only": True}),
+            reopen("m2", None, **{"read-only": True}),
+            reopen("m3", "m1", **{"read-only": True}),
+            reopen("top", None),
+            *(delete(name) for name in (*NAMES, "flt")),
+            *(cmd("block_resize", node_name=name, size=MiB) for name in (*NAMES, "flt")),
+            commit(job_id="k", base_node="m1"),
+            commit(job_id="k", **MIDDLE),
+            commit(job_id="k", device="flt"),
+            commit(job_id="k", device="flt", top_node="m3", base_node="m2"),
+            commit(job_id="j", device="ov"),
+            cmd("job-finalize", id="j"),
+            cmd("job-dismiss", id="j"),
+            cmd("block-job-change", id="j", type="commit"),
+            cmd("block-job-set-speed", device="j", speed=MiB),
+            BLOCK_JOBS,
+            cmd("job-cancel", id="j"),
+            GONE,
+            GRAPH,
+        ],
+        images=ALL,
+        compare_events=False,
+    ),
+    Session(
+        "active-commit-mistakes",
+        [
+            *CHAIN,
+            commit(base_node="m1", speed=-1),
+            commit(base_node="m1", filter_node_name="m2"),
+            commit(base_node="m1", filter_node_name=""),
+            commit(base_node="m1", job_id="1x"),
+            commit(base_node="m1", job_id=""),
+            cmd("block-commit", device="top"),
+            commit(base_node="m1", on_error="nosuch"),
+            commit(base_node="m1", auto_dismiss=1),
+            NBD,
+            cmd("block-export-add", type="nbd", id="e", node_name="m2"),
+            commit(base_node="m1"),
+            GRAPH,
+            JOBS,
+        ],
+        images=ALL,
+    ),
+    Session(
+        "active-commit-of-a-read-only-node",
+        [
+            layer("base", None),
+            layer("m1", "base"),
+            commit(device="m1", auto_dismiss=False),
+            until("ready", "BLOCK_JOB_READY"),
+            GRAPH,
+            cmd("job-complete", id="j"),
+            until("concluded"),
+            GRAPH,
+            JOBS,
+        ],
+        images=ALL,
+    ),
+    Session(
+        "active-commit-of-a-layer-that-is-written-to",
+        [
+            layer("base", None),
+            layer("m1", "base"),
+            layer("m2", "m1", read_only=False),
+            layer("m3", "m2", read_only=False),
+            layer("top", "m3"),
+            NBD,
+            cmd("block-export-add", type="nbd", id="e", node_name="m2", writable=True),
+            commit(top_node="m2", base_node="base", backing_file="x"),
+            commit(top_node="m2", base_node="base"),
+            until("ready", "BLOCK_JOB_READY"),
+            GRAPH,
+            cmd("job-complete", id="j"),
+            until("null"),
+            GRAPH,
+            image("m3.qcow2"),
+        ],
+        images=ALL,
+    ),
+    Session(
+        "active-commit-base-that-does-not-grow",
+        [
+            add(driver="null-co", node_name="base", size=MiB),
+            layer("m1", "base"),
+            layer("top", "m1"),
+            commit(auto_dismiss=False),
+            until("concluded"),
+            JOBS,
+            GRAPH,
+        ],
+        images=ALL,
+    ),
+    *(
+        Session(
+            f"active-commit-{name}",
+            [
+                *faulty(rules, target),
+                commit(base_node="base", on_error="stop", auto_dismiss=False),
+                PAUSED,
+                Do("io-status", _io_status),
+                cmd("job-resume", id="j"),
+                until("ready", "BLOCK_JOB_READY"),
+                cmd("job-complete", id="j"),
+                CONCLUDED,
+                Do("how it ended", _ended),
+                image("base.qcow2"),
+            ],
+            images=ALL,
+            compare_events=False,
+        )
+        for name, target, rules in (
+            ("read", "m1", {"event": "read_aio", "errno": 5}),
+            ("nospace", "base", {"event": "write_aio", "errno": 28}),
+        )
+    ),
+    Session(
         "commit-base-that-stays-read-only",
         [
             add(driver="file", node_name="file", filename="base.qcow2", read_only=True),
@@ -506,6 +710,7 @@ SESSIONS = [
             add(driver="qcow2", node_name="top", file={"driver": "file", "filename": "ntop.qcow2"}),
             *(commit(top=name, base_node="top") for name in FILENAMES),
             *(commit(base=name, top="n3.qcow2", filter_node_name="0") for name in FILENAMES),
+            *(commit(base=name, filter_node_name="0") for name in FILENAMES),
             commit(top="n3.qcow2", base="n2.qcow2"),
             Do("forget", lambda context: context.daemon.qmp.events.clear()),
             commit(top="file:o/n2.qcow2", base="../s/base.qcow2"),
@@ -523,3 +728,28 @@ SESSIONS = [
 @pytest.mark.parametrize("session", SESSIONS, ids=lambda session: session.name)
 def test_same_as_qsd(session: Session, chains: Path, tmp_path: Path) -> None:
     check_session(session, chains, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_same_content_as_qsd(seed: int, tmp_path: Path) -> None:
+    """Random chains, with zeroes and holes and several formats: both leave the same in the base, and above it."""
+    layers, base = 4, seed % 2
+    found = []
+    for kind in ("qsd", "pyqsd"):
+        root = tmp_path / kind
+        root.mkdir()
+        chain = Chain(root, 500 + seed, layers, equal=True)
+        with DaemonProcess(kind, workdir=root) as daemon:
+            for index in range(layers):
+                daemon.qmp.execute("blockdev-add", **chain.options(index))
+            names = {"device": "n3", "top_node": "n2", "base_node": f"n{base}"}
+            daemon.qmp.execute("block-commit", job_id="j", **names)
+            daemon.qmp.wait_event("JOB_STATUS_CHANGE", match=lambda event: event["data"]["status"] == "null")
+        for index in range(base + 1, layers - 1):
+            (root / chain.names[index]).unlink()
+        chain.models[base] = chain.models[2]
+        chain.check(base)
+        chain.check(3)
+        info = images.info(root / chain.names[3])
+        found.append([str(info.get(key)).replace(str(root), "") for key in sorted(info) if "backing" in key])
+    assert found[0] == found[1]

@@ -8,7 +8,7 @@ the commits: that is the order in which QSD starts the jobs of a transaction.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 from pyqsd.qapi.types import Struct
@@ -51,6 +51,8 @@ class TransactionAction(Struct, tag_field="type", tag="pyqsd-base"):
         def action(self, transaction: Transaction) -> Action:
             return AddBitmapAction(transaction.graph, self.data)
     """
+
+    __tag_features__: ClassVar[Mapping[str, tuple[str, ...]]] = {"drive-backup": ("deprecated",)}
 
     #: Whether it can be an action of a transaction with ``completion-mode`` ``grouped``: it starts a job.
     GROUPED: ClassVar[bool] = False

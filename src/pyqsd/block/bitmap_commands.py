@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pyqsd.block import action
 from pyqsd.block.action import Transaction, TransactionAction
-from pyqsd.block.dirty_bitmap import MAX_NAME, MIN_GRANULARITY, DirtyBitmap, default_granularity
+from pyqsd.block.dirty_bitmap import MAX_GRANULES_SHIFT, MAX_NAME, MIN_GRANULARITY, DirtyBitmap, default_granularity
 from pyqsd.block.graph import Graph
 from pyqsd.block.info import BlockDirtyBitmapSha256
 from pyqsd.block.node import Node
@@ -78,6 +78,8 @@ class AddBitmapAction(action.Action):
             granularity = default_granularity(node.driver.image_info().get("cluster_size") or 0)
         elif granularity < MIN_GRANULARITY or granularity & (granularity - 1):
             raise Error("Granularity must be power of 2 and at least 512")
+        if node.length // granularity >> MAX_GRANULES_SHIFT:
+            raise Error(f"Granularity {granularity} is too small for a node of {node.length} bytes")
         if options.persistent:
             await node.driver.check_new_bitmap(name, granularity)
         if name in node.dirty_bitmaps:

@@ -18,7 +18,7 @@ from pyqsd.block.block_copy import CopyError, Transfer
 from pyqsd.block.child import Child
 from pyqsd.block.dirty_bitmap import DirtyBitmap
 from pyqsd.block.driver import WRITE_COMPRESSED
-from pyqsd.block.extents import ZERO
+from pyqsd.block.extents import ALLOCATED, ZERO
 from pyqsd.block.node import Node
 from pyqsd.qapi.errors import Error
 
@@ -29,14 +29,19 @@ _INT64_MAX: Final = (1 << 63) - 1
 #: Bytes that are read and written at once.
 CHUNK: Final = 1 << 20
 #: How far one looks for zeroes at once.
-_AHEAD: Final = 1 << 32
+AHEAD: Final = 1 << 32
+
+
+def check_cluster_size(least: int) -> None:
+    """Raises Error if clusters of `least` bytes cannot be wanted."""
+    if least > _INT64_MAX:
+        raise Error(f"min-cluster-size too large: {least} > {_INT64_MAX}")
 
 
 def natural_cluster(target: Node, least: int) -> int:
     """Bytes that are copied to `target` together: whole clusters of it, so that none of them has to be filled up from
     what is below it, and at least 64 KiB. Raises Error if `least`, which somebody wants instead, cannot be."""
-    if least > _INT64_MAX:
-        raise Error(f"min-cluster-size too large: {least} > {_INT64_MAX}")
+    check_cluster_size(least)
     if least & (least - 1):
         raise Error("min-cluster-size needs to be a power of 2")
     known = target.driver.image_info()
@@ -138,18 +143,45 @@ class ClusterCopy:
         self.discard_source = False
         #: Called with the number of bytes, whole clusters counted, whenever some have been copied.
         self.on_copied: Callable[[int], None] | None = None
+        #: Called when some are no longer to be copied.
+        self.on_skipped: Callable[[], None] | None = None
         self._compress = False
+        self._offload = True
         self.children_changed()
 
     def children_changed(self) -> None:
         """The source or the target is another node now."""
         flags = WRITE_COMPRESSED if self._compress else 0
-        self._transfer = Transfer(self.source.node, self.target.node, write_flags=flags, zero_flags=0)
+        self._transfer = Transfer(
+            self.source.node, self.target.node, write_flags=flags, zero_flags=0, offload=self._offload
+        )
 
-    def use_compression(self) -> None:
-        """Compress everything from now on."""
-        self._compress = True
+    def configure(self, *, compress: bool, offload: bool) -> None:
+        """From now on compress everything that is copied, and let the kernel copy where it can."""
+        self._compress, self._offload = compress, offload
         self.children_changed()
+
+    def replace(self, bitmap: DirtyBitmap) -> None:
+        """Only what is dirty in `bitmap` is to be copied. Raises Error if its size is another."""
+        self.to_copy.clear()
+        self.to_copy.merge(bitmap)
+
+    async def skip_unallocated(self, start: int) -> int:
+        """Of what is still to be copied from `start` on, skip the first clusters that are not in the source itself, but
+        below it. Returns where to go on. Raises OSError."""
+        area = self.to_copy.next_dirty_area(start, None, AHEAD)
+        if area is None:
+            return self.to_copy.size
+        at, end = area[0], area[0] + area[1]
+        n, flags, _, _ = await self.source.node.block_status(at, end - at, False)
+        if flags & ALLOCATED or not n:
+            # The cluster that it ends in is allocated, too.
+            return self.aligned(at, at + max(n, 1))[1]
+        stop = self.source.node.length if at + n >= self.source.node.length else (at + n) // self.cluster * self.cluster
+        if stop <= at:
+            return self.aligned(at, at + 1)[1]
+        self.to_copy.clear(at, stop - at)
+        return stop
 
     def aligned(self, start: int, end: int) -> tuple[int, int]:
         """The range, widened to whole clusters."""
@@ -166,7 +198,7 @@ class ClusterCopy:
             area = self.to_copy.next_dirty_area(start, end)
             if area is not None:
                 first = area[0]
-                length, zero = await self._extent(first, first + area[1])
+                length, zero = await self._extent(first, first + area[1], CHUNK)
                 # Others may have taken it meanwhile.
                 area = self.to_copy.next_dirty_area(first, first + length)
                 if area is not None and area[0] == first:
@@ -177,22 +209,23 @@ class ClusterCopy:
                 return
             await self.pieces.wait(piece)
 
-    async def next_piece(self, start: int, most: int) -> tuple[Piece, bool] | None:
-        """Take the first piece at or after `start` that is still to be copied, of at most `most` bytes of data: whoever
-        calls this passes it to `do`, together with whether it reads as zeroes. None: there is none."""
-        while (area := self.to_copy.next_dirty_area(start, None, _AHEAD)) is not None:
+    async def next_piece(self, start: int, most: int, most_zero: int = AHEAD) -> tuple[Piece, bool] | None:
+        """Take the first piece at or after `start` that is still to be copied, of at most `most` bytes of data, or of
+        `most_zero` bytes that read as zeroes: whoever calls this passes it to `do`, together with whether it reads as
+        zeroes, or to `put_back`. None: there is none."""
+        while (area := self.to_copy.next_dirty_area(start, None, AHEAD)) is not None:
             first = area[0]
-            length, zero = await self._extent(first, first + area[1])
-            if not zero:
-                length = min(length, max(most // self.cluster, 1) * self.cluster)
+            length, zero = await self._extent(first, first + area[1], most)
+            if zero:
+                length = min(length, max(most_zero // self.cluster, 1) * self.cluster)
             area = self.to_copy.next_dirty_area(first, first + length)
             if area is not None and area[0] == first:
                 return self.take(first, area[1]), zero
         return None
 
-    async def _extent(self, start: int, end: int) -> tuple[int, bool]:
-        """How the range begins: for how many bytes, whole clusters unless it ends before, and whether all of these read
-        as zeroes."""
+    async def _extent(self, start: int, end: int, most: int) -> tuple[int, bool]:
+        """How the range begins: for how many bytes (whole clusters unless it ends before, and of data at most `most`),
+        and whether all of these read as zeroes."""
         try:
             (length, flags, _, _), _ = await self.source.node.block_status_above(None, start, end - start)
         except OSError:
@@ -203,12 +236,17 @@ class ClusterCopy:
             if zeroes:
                 return zeroes, True
         whole = max(-(-length // self.cluster), 1) * self.cluster
-        return min(whole, max(CHUNK, self.cluster), end - start), False
+        return min(whole, max(most // self.cluster, 1) * self.cluster, end - start), False
 
     def take(self, start: int, length: int) -> Piece:
         """Whole clusters that are to be copied are copied by the caller: he passes the piece to `do`."""
         self.to_copy.clear(start, length)
         return self.pieces.begin(start, start + length)
+
+    def put_back(self, piece: Piece) -> None:
+        """What was taken is not going to be copied."""
+        self.to_copy.mark(piece.start, piece.end - piece.start)
+        self.pieces.finish(piece)
 
     async def do(self, piece: Piece, zero: bool) -> None:
         """Copy what was taken; if that fails, all of it is to be copied again. Raises CopyError."""
@@ -221,7 +259,7 @@ class ClusterCopy:
             if zero:
                 await self._transfer.zero(start, stop - start)
             elif start < stop:
-                await self._copy_mixed(start, stop)
+                await self._copy_data(start, stop)
             if self.discard_source:
                 await self._discard_source(start, stop)
         except BaseException:
@@ -233,13 +271,11 @@ class ClusterCopy:
             first, last = self.aligned(start, end)
             self.on_copied(last - first)
 
-    async def _copy_mixed(self, start: int, end: int) -> None:
-        if end - start <= max(CHUNK, self._unit):
-            await self._transfer.copy(start, end - start)
-            return
-        # Clusters larger than that go in parts, of which some may be zeroes.
-        for at in range(start, end, CHUNK):
-            await self._transfer.copy(at, min(CHUNK, end - at))
+    async def _copy_data(self, start: int, end: int) -> None:
+        # Large clusters do not need large buffers.
+        step = max(CHUNK, self._unit)
+        for at in range(start, end, step):
+            await self._transfer.copy(at, min(step, end - at))
 
     async def _discard_source(self, start: int, end: int) -> None:
         try:
@@ -250,6 +286,8 @@ class ClusterCopy:
     def skip(self, start: int, length: int) -> None:
         """These clusters need not be copied."""
         self.to_copy.clear(start, length)
+        if self.on_skipped is not None:
+            self.on_skipped()
 
     @property
     def left(self) -> int:

@@ -29,6 +29,8 @@ _MAX_LISTED_RANGE = 32
 _BIT = (1, 2, 4, 8, 16, 32, 64, 128)
 
 MAX_NAME = 1023
+#: A user's bitmap has no more than ``1 << MAX_GRANULES_SHIFT`` granules, as in QSD: else its chunks would be too large.
+MAX_GRANULES_SHIFT = 41
 MIN_GRANULARITY = 512
 _DEFAULT_GRANULARITY = 65536
 

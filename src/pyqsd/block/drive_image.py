@@ -1,10 +1,12 @@
 """Images that a command makes, or finds, at a filename, and opens like a node that there is: the overlay of
-``blockdev-snapshot-sync``, the target of ``drive-mirror``."""
+``blockdev-snapshot-sync``, the target of ``drive-mirror``
+and ``drive-backup``."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any
 
@@ -64,7 +66,13 @@ def options_like(node: Node, filename: str, fmt: str | None, name: str | None) -
 
 
 async def open_target(
-    source: Node, filename: str, fmt: str | None, mode: NewImageMode, backing: Node | None, name: str | None
+    source: Node,
+    filename: str,
+    fmt: str | None,
+    mode: NewImageMode,
+    backing: Node | None,
+    name: str | None,
+    more: Mapping[str, Any] | None = None,
 ) -> Node:
     """A node of the image `filename` for a job to write to, opened like `source`; it lives as long as somebody uses it,
     or until `Graph.unref`.
@@ -73,6 +81,7 @@ async def open_target(
         fmt: its format; None: that of `source`, or of an image that is there already what it looks like.
         backing: what a new image names as its backing file.
         name: of the node; None: one is made up.
+        more: options (attribute names) that are not like those of `source`, if its driver has them.
 
     Raises Error.
     """
@@ -86,7 +95,8 @@ async def open_target(
         elif fmt is None:
             fmt = await open_image.probe(source, filename)
         options = options_like(source, filename, fmt, name)
-        return await graph.open_unattached(structs.replace(options, read_only=False))
+        changes = {option: value for option, value in (more or {}).items() if hasattr(options, option)}
+        return await graph.open_unattached(structs.replace(options, read_only=False, **changes))
     except OSError as exc:
         number = exc.errno or errno.EIO
         raise Error(f"Could not open '{filename}': {os.strerror(number)}", number) from exc

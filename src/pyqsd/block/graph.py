@@ -353,7 +353,8 @@ class Graph:
                 node is backend.node or is_below(node, backend.node) for node in section.nodes
             ):
                 backend.quiesce()
-                section.backends.append(backend)
+                # The newest is the first that goes on: QSD's order of the jobs that a transaction starts.
+                section.backends.insert(0, backend)
 
 
 def backends_above(node: Node) -> list[BlockBackend]:

@@ -104,7 +104,7 @@ def nodes_in_order(graph: Graph) -> list[Node]:
         if node.name in found:
             return
         file = node.driver.file
-        if file is not None and file.name == "file" and not file.node.monitor_owned:
+        if file is not None and file.name == "file" and not file.node.monitor_owned and not file.node.job_owned:
             visit(file.node)
         found[node.name] = node
         for child in node.children:

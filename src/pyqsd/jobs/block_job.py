@@ -207,6 +207,15 @@ class BlockJob(Job):
         self._backends.remove(backend)
         backend.remove()
 
+    @staticmethod
+    async def grow(backend: BlockBackend, length: int) -> None:
+        """Make the node of `backend` as long as `length`, in bytes. Raises OSError: a job tells only the number of an
+        error."""
+        try:
+            await backend.truncate(length)
+        except Error as exc:
+            raise OSError(exc.errno or errno.EIO, exc.desc) from exc
+
     async def clean(self) -> None:
         for backend in reversed(tuple(self._backends)):
             self.close_backend(backend)

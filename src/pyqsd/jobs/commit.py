@@ -34,6 +34,7 @@ from pyqsd.block.replace import Change
 from pyqsd.jobs.block_job import BlockdevOnError, BlockJob
 from pyqsd.jobs.commit_top import CommitTop
 from pyqsd.jobs.job import Jobs, JobType
+from pyqsd.jobs.mirror import start_active_commit
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import DeviceNotFound, Error
 from pyqsd.qapi.types import Features
@@ -139,16 +140,12 @@ class CommitJob(BlockJob):
     async def run(self) -> None:
         assert self._from is not None
         assert self._into is not None
-        length = self._top.length
-        self.expect(length)
+        length, end = self._top.length, self._hidden_end()
+        self.expect(end)
         if self._base.length < length:
-            try:
-                await self._into.truncate(length)
-            except Error as exc:
-                raise OSError(exc.errno or errno.EIO, exc.desc) from exc
+            await self.grow(self._into, length)
         transfer = Transfer(self._from, self._into, zero_flags=0)
-        if length:
-            self._areas.append((0, length))
+        self._areas = [area for area in ((length, end), (0, length)) if area[0] < area[1]]
         async with Workers(_MOST_PIECES, _MOST_PIECES * _PIECE) as workers:
             self.workers = workers
             while True:
@@ -160,10 +157,17 @@ class CommitJob(BlockJob):
                 else:
                     return
 
+    def _hidden_end(self) -> int:
+        """Up to where the overlays must read in the base what they read now: behind the end of `top` they read zeroes,
+        although the base may have something there."""
+        assert self._filter is not None
+        overlays = [edge.parent.length for edge in self._filter.parents if edge.role & ROLE_COW]
+        return max(self._top.length, min(self._base.length, max(overlays, default=0)))
+
     async def _next(self, transfer: Transfer, workers: Workers) -> None:
         """Begin to work on the next piece."""
         offset, end = self._areas.pop()
-        n = 0
+        n, method = 0, None
         try:
             n, method = await self._look(transfer, offset, end - offset)
         except OSError as exc:
@@ -182,11 +186,13 @@ class CommitJob(BlockJob):
 
     async def _look(self, transfer: Transfer, offset: int, length: int) -> tuple[int, _Method | None]:
         """How many bytes from `offset` on are to be worked on, and in what way. Raises OSError."""
-        (n, flags, _, _), _ = await self._top.block_status_above(self._base, offset, length)
-        if not flags & ALLOCATED:
-            return n, None
-        if not flags & ZERO:
-            return min(n, _PIECE), transfer.copy
+        n = length
+        if offset < self._top.length:
+            (n, flags, _, _), _ = await self._top.block_status_above(self._base, offset, length)
+            if not flags & ALLOCATED:
+                return n, None
+            if not flags & ZERO:
+                return min(n, _PIECE), transfer.copy
         (n, flags, _, _), _ = await self._base.block_status_above(None, offset, n)
         if flags & ZERO:
             return n, None
@@ -359,7 +365,19 @@ async def block_commit(
         if backing_file is not None:
             why = "is the active layer" if active else "has a writer on it"
             raise Error(f"'backing-file' specified, but 'top' {why}")
-        raise Error("Committing the active layer is not possible yet")
+        await start_active_commit(
+            jobs,
+            graph,
+            job_id or "",
+            upper,
+            lower,
+            speed=speed or 0,
+            on_error=on_error or BlockdevOnError.REPORT,
+            filter_node_name=filter_node_name,
+            auto_finalize=auto_finalize is not False,
+            auto_dismiss=auto_dismiss is not False,
+        )
+        return
     job = CommitJob(
         jobs,
         job_id or "",

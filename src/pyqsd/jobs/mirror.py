@@ -341,7 +341,7 @@ class MirrorJob(BlockJob):
             if source.length != target.length:
                 raise Error("Source and target image have different sizes")
         elif target.length < source.length:
-            await self._to.truncate(source.length)
+            await self.grow(self._to, source.length)
 
     async def _begin(self) -> None:
         """Find out what is to be copied. Users' writes are marked all the time."""

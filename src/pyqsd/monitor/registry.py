@@ -20,6 +20,7 @@ MODULES = (
     "pyqsd.jobs.stream",
     "pyqsd.jobs.create",
     "pyqsd.jobs.amend",
+    "pyqsd.jobs.backup_commands",
     "pyqsd.jobs.transaction",
     "pyqsd.jobs.mirror_commands",
     "pyqsd.jobs.commit",

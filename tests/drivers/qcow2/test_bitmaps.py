@@ -354,15 +354,30 @@ def test_crash(tmp_path: Path, cluster_size: int, power: bool) -> None:
         node, below = await open_logged(initial)
 
         def note() -> None:
-            states.append((len(below.log), {name: granules(one) for name, one in node.dirty_bitmaps.items()}))
+            states.append(
+                (len(below.log), {one.name: granules(one.with_successor()) for one in node.dirty_bitmaps.values()})
+            )
 
         rnd = random.Random(1)
-        for step in range(5):
+        for step in range(7):
             note()
             if step < 3:
                 await add(node, f"b{step}", 512 << step)
             if step == 3:
                 await remove(node, "b1")
+                note()
+            if step == 4:
+                # As in a transaction that fails.
+                put_back = await node.driver.remove_bitmap("b2")
+                note()
+                await put_back()
+                note()
+            if step == 5:
+                node.dirty_bitmaps.freeze(node.dirty_bitmaps["b0"])
+                node.dirty_bitmaps.freeze(node.dirty_bitmaps["b2"])
+            if step == 6:
+                node.dirty_bitmaps.reclaim(node.dirty_bitmaps["b0"])
+                node.dirty_bitmaps.abdicate(node.dirty_bitmaps["b2"])
                 note()
             for _ in range(4):
                 await node.pwrite(rnd.randrange(0, size - 65536, 512), rnd.randbytes(rnd.randrange(1, 65536)))
