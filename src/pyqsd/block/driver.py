@@ -297,6 +297,10 @@ class Driver:
         this from their `map`; protocols override it."""
         return self.node.read_mapped_now(offset, length, iov)
 
+    def read_own_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        """The same for a range that `map` says is `DRIVER`."""
+        return False
+
     def write_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
         """Write the whole range if that takes no waiting; False otherwise, with nothing or part of it written (the
         caller then writes it all again). Formats get this from `map_write`; protocols override it."""

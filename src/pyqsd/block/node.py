@@ -210,8 +210,9 @@ class Node:
         while True:
             part = iov if n == length else iovs.part(iov, done, n)
             if flags & DRIVER:
-                return False
-            if flags & ZERO:
+                if not self.driver.read_own_now(offset + done, n, part):
+                    return False
+            elif flags & ZERO:
                 iovs.fill_zero(part)
             elif flags & OFFSET_VALID:
                 assert node is not None

@@ -162,10 +162,39 @@ class Unpacked:
             done.set_result(None)
         if generation == self.generation:
             for entry in missing[-self._most :]:
-                if len(kept) >= self._most:
-                    del kept[next(iter(kept))]
-                kept[entry] = plain[entry]
+                self._keep(entry, plain[entry])
         return [plain[entry] for entry in entries]
+
+    def read_now(self, entries: list[int]) -> list[bytes] | None:
+        """The contents of the clusters that these L2 entries describe, if that takes no waiting and no helper; else
+        None, and `read_all` says what is wrong with them."""
+        image = self._image
+        kind, size, bits = image.header.compression_type, image.cluster_size, image.cluster_bits
+        if len(entries) * size >= _SHARE_LEAST[kind] or image.file.debug_event is not None:
+            return None
+        kept, found = self._kept, []
+        for entry in entries:
+            plain = kept.get(entry)
+            if plain is None:
+                if entry in self._reading:
+                    return None
+                offset, length = location(entry, bits)
+                packed = memoryview(bytearray(length))
+                if not image.file.read_now(offset, length, [packed]):
+                    return None
+                try:
+                    plain = unpack(kind, packed, size)
+                except OSError:
+                    return None
+                self._keep(entry, plain)
+            found.append(plain)
+        return found
+
+    def _keep(self, entry: int, plain: bytes) -> None:
+        kept = self._kept
+        if len(kept) >= self._most:
+            del kept[next(iter(kept))]
+        kept[entry] = plain
 
     async def _fetch(self, entries: list[int]) -> list[memoryview]:
         """The compressed data of these entries; what is stored side by side is read at once."""

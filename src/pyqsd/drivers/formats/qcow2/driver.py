@@ -602,6 +602,16 @@ class Qcow2(Operations):
                 iovs.fill_zero(part)
             done += n
 
+    def read_own_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
+        clusters = self._unpacked.read_now(self._entries(offset, length))
+        if not clusters:
+            return False
+        within = offset & self._mask
+        plain = [memoryview(cluster) for cluster in clusters]
+        plain[0] = plain[0][within:]
+        iovs.copy(iov, plain)
+        return True
+
     async def _read_compressed(self, offset: int, length: int, iov: list[memoryview]) -> bool:
         """Read neighbouring compressed clusters; False if they were replaced meanwhile. Raises OSError."""
         unpacked = self._unpacked
