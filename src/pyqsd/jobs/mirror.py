@@ -245,8 +245,8 @@ class MirrorJob(BlockJob):
         self._chunk = max(min(_CHUNK, self._buffer), self._buffer // _MOST_PIECES)
         #: Where the target reads as zeroes already, it needs none.
         self._zeroes_count = self._is_commit or options.sync is SyncMode.FULL
-        #: As far as was seen, all is data up to there.
-        self._data_until = 0
+        #: What was found to be data when it was last looked at: it need not be looked at again.
+        self._data_from = self._data_until = 0
         self._in_flight = 0
         self._error: OSError | None = None
         self._failures = 0
@@ -465,13 +465,16 @@ class MirrorJob(BlockJob):
         taken = self._locks.end_of_taken(start, start + unit)
         if taken:
             return -(-taken // unit) * unit
-        zeroes = False
-        if start >= self._data_until:
+        zeroes, writes = False, bitmap.writes
+        if not self._data_from <= start < self._data_until:
             zeroes, n = await self._look(start)
             if not zeroes:
-                self._data_until = start + n
-        most = n // unit * unit if zeroes else max(self._chunk, unit)
-        if zeroes and start + n >= size:
+                self._data_from, self._data_until = start, start + n
+        if not zeroes:
+            most = min(max(self._chunk, unit), -(-(self._data_until - start) // unit) * unit)
+        elif start + n < size:
+            most = n // unit * unit
+        else:
             most = n
         clean = bitmap.next_zero(start)
         end = min(start + most, -(-(size if clean is None else clean) // unit) * unit, size)
@@ -480,7 +483,7 @@ class MirrorJob(BlockJob):
         if end <= start or (end % unit and end != size):
             return start + unit
         length = end - start
-        piece = self._zero(start, length) if zeroes else self._copy(start, length)
+        piece = self._zero(start, length, writes) if zeroes else self._copy(start, length)
         await workers.run(0 if zeroes else min(length, self._chunk), piece)
         if not held:
             await self.throttle(length)
@@ -531,16 +534,18 @@ class MirrorJob(BlockJob):
         finally:
             self._give_back(start, length, done)
 
-    async def _zero(self, start: int, length: int) -> None:
+    async def _zero(self, start: int, length: int, writes: int) -> None:
+        """Where the source was found to read as zeroes when it had been written to `writes` times."""
         if not self._take(start, length):
             return
         done = 0
         try:
             while done < length:
-                (n, flags, _, _), _ = await self._source.block_status_above(None, start + done, length - done)
-                if not flags & ZERO:
-                    # It was written to since.
-                    break
+                n = length - done
+                if self._bitmap.writes != writes:
+                    (n, flags, _, _), _ = await self._source.block_status_above(None, start + done, n)
+                    if not flags & ZERO:
+                        break
                 if not self._zeroes_count or not await self._reads_as_zeroes(start + done, n):
                     await self._transfer.zero(start + done, n)
                 done += n

@@ -34,11 +34,13 @@ class Own:
 class MirrorBitmap(DirtyBitmap):
     """What the target does not have yet. It belongs to the source; users see it at the filter."""
 
-    __slots__ = ("_own",)
+    __slots__ = ("_own", "writes")
     hidden: ClassVar[bool] = True
 
     def __init__(self, size: int, granularity: int) -> None:
         super().__init__("", size, granularity)
+        #: How many writes have ended.
+        self.writes = 0
         self._own: list[Own] = []
 
     def expect(self, offset: int, length: int) -> Own:
@@ -52,6 +54,7 @@ class MirrorBitmap(DirtyBitmap):
         self._own.remove(own)
 
     def mark(self, offset: int, length: int) -> None:
+        self.writes += 1
         if self._own:
             for own in self._own:
                 if not own.ended and own.offset == offset and own.length == length:
