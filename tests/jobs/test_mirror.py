@@ -262,6 +262,59 @@ def test_users_write_meanwhile(seed: int, end: str) -> None:
     scenario(seed, test)
 
 
+@pytest.mark.parametrize("mode", ["background", "write-blocking"])
+@pytest.mark.parametrize("seed", range(3))
+def test_everybody_writes_to_the_same_place(seed: int, mode: str) -> None:
+    """Through the filter and past it, zeroes and data, and some of the writes fail."""
+
+    async def write(bench: Bench, backend: BlockBackend) -> None:
+        rng = random.Random(bench.rng.random())
+        while not bench.ends:
+            at, length = rng.choice((0, 512, 4096, 5000)), rng.choice((512, 4096, 8192))
+            try:
+                if rng.random() < 0.4:
+                    await backend.pwrite_zeroes(at, length)
+                else:
+                    await backend.pwritev(at, length, [memoryview(rng.randbytes(length))])
+            except OSError:
+                pass
+            await wait_turns(rng.randrange(40))
+
+    async def test(bench: Bench) -> None:
+        rng = bench.rng
+        await bench.set_up()
+        bench.data("s")[:] = bytes(SIZE)
+        source = bench.graph.find("s").driver
+        assert isinstance(source, Slow)
+        source.failures = 50
+        backends = []
+        for _ in range(100):
+            for past in (False, True):
+                if past:
+                    bench.c.events.clear()
+                    how = options(rng, **{"copy-mode": mode, "granularity": rng.choice((512, 4096, 65536))})
+                    await bench.c("blockdev-mirror", **how)
+                for _user in range(2):
+                    backend = BlockBackend(bench.graph, "a test", perms.WRITE, perms.ALL & ~perms.RESIZE)
+                    backend.insert(bench.graph.find("s"))
+                    backends.append(backend)
+                    bench.tasks.append(asyncio.get_running_loop().create_task(write(bench, backend)))
+            await until(lambda: ready(bench))
+            await wait_turns(rng.randrange(100))
+            await bench.c("block-job-cancel", device="j")
+            await until(bench.job_ended)
+            bench.ends = True
+            await asyncio.gather(*bench.tasks)
+            bench.ends = False
+            for backend in backends:
+                backend.remove()
+            backends.clear()
+            bench.tasks.clear()
+        assert bench.compared == 100
+
+    scenario(seed, test)
+
+
 async def wait_turns(turns: int) -> None:
     for _ in range(turns):
         await asyncio.sleep(0)

@@ -60,11 +60,13 @@ class RangeLocks:
                 waiter.set_result(None)
 
     async def wait_release(self) -> None:
-        """Until the next range is given back; at once if none is taken."""
-        if self._held:
-            waiter = asyncio.get_running_loop().create_future()
-            self._changed.append(waiter)
-            await waiter
+        """Until the next range is given back; if none is taken, for one turn of the loop."""
+        if not self._held:
+            await asyncio.sleep(0)
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._changed.append(waiter)
+        await waiter
 
     def _hand_out(self) -> None:
         left: list[tuple[int, int, asyncio.Future[None]]] = []

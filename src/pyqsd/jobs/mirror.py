@@ -430,9 +430,9 @@ class MirrorJob(BlockJob):
             if held and self._failures != failures:
                 await workers.idle()
                 return
-            start = bitmap.next_dirty(at)
-            if start is not None:
-                at = await self._begin_piece(start - start % self._unit, held)
+            dirty = bitmap.next_dirty(at)
+            if dirty is not None:
+                at = await self._begin_piece(dirty, held)
                 continue
             if at == 0 and not workers.running:
                 return
@@ -458,10 +458,11 @@ class MirrorJob(BlockJob):
                 self._check()
                 return
 
-    async def _begin_piece(self, start: int, held: bool) -> int:
-        """Copy some of what is dirty from `start` on. Returns where to go on."""
+    async def _begin_piece(self, dirty: int, held: bool) -> int:
+        """Copy some of what is dirty from `dirty` on. Returns where to go on."""
         workers, bitmap, unit, size = self.workers, self._bitmap, self._unit, self._source.length
         assert workers is not None
+        start = dirty - dirty % unit
         taken = self._locks.end_of_taken(start, start + unit)
         if taken:
             return -(-taken // unit) * unit
@@ -476,9 +477,9 @@ class MirrorJob(BlockJob):
             most = n // unit * unit
         else:
             most = n
-        clean = bitmap.next_zero(start)
+        clean = bitmap.next_zero(dirty)
         end = min(start + most, -(-(size if clean is None else clean) // unit) * unit, size)
-        # Another one may have taken a part of it meanwhile.
+        # Others may have copied it meanwhile, or have taken a part of it.
         end = self._locks.start_of_taken(start, end)
         if end <= start or (end % unit and end != size):
             return start + unit
