@@ -22,7 +22,7 @@ from pyqsd.block.extents import ALLOCATED, DRIVER, OFFSET_VALID, ZERO
 from pyqsd.block.node import Node
 
 #: So long, in seconds, pieces that need no waiting may keep the loop from everything else.
-_TURN: Final = 0.001
+_TURN: Final = 0.0002
 #: Smaller pieces are copied in the loop's thread if that needs no waiting: handing them over costs more.
 _BACKGROUND_FROM: Final = 64 << 10
 #: So many times copying in the kernel may fail, one after the other, before it is given up.

@@ -244,7 +244,7 @@ class BlockJob(Job):
         """`done` more bytes were worked on: wait as the speed limit demands. It is a pause point, and lets others have
         their turn now and then."""
         now = time.monotonic()
-        if now - self._yielded > 0.001:
+        if now - self._yielded > 0.0002:
             await asyncio.sleep(0)
             self._yielded = now = time.monotonic()
         if self.speed and done:

@@ -44,7 +44,10 @@ log = logging.getLogger(__name__)
 _PIECE: Final = 512 << 10
 #: Bytes that are known to be zeroes and are dealt with in one piece.
 _ZERO_PIECE: Final = 64 << 20
-_MOST_PIECES: Final = 8
+#: More of them take no less time, but a user who wants something of one waits longer.
+_MOST_PIECES: Final = 3
+#: So much data goes to disk at a time, while more is copied; else it would all be waited for in the end.
+_FLUSH_EVERY: Final = 32 << 20
 #: How long the command waits for the end of a job that has nothing to copy, seconds.
 _SOON: Final = 1.0
 _UNCHANGED: Final = perms.CONSISTENT_READ | perms.WRITE_UNCHANGED
@@ -131,6 +134,7 @@ class StreamJob(BlockJob):
         #: Those that are not done, and those above the first of them.
         self._pieces: deque[_Piece] = deque()
         self._has_failed = False
+        self._flushing = False
         self._left: list[Node] = []
         try:
             self._user: BlockBackend | None = self.open_backend(top, perms.CONSISTENT_READ, _UNCHANGED | perms.WRITE)
@@ -154,8 +158,8 @@ class StreamJob(BlockJob):
         unit = max(chain.target.driver.allocation_unit(), 1)
         buffers = copy_up.Buffers(_PIECE, -(-_PIECE // unit) * unit + 2 * unit)
         ignored: OSError | None = None
-        at = 0
-        async with Workers(_MOST_PIECES, _MOST_PIECES * _PIECE) as workers:
+        at = unflushed = 0
+        async with Workers(_MOST_PIECES + 1, _MOST_PIECES * _PIECE) as workers:
             self.workers = workers
             while True:
                 while at < total and not self._has_failed:
@@ -168,6 +172,11 @@ class StreamJob(BlockJob):
                     else:
                         self._skip(at, n)
                     at += n
+                    unflushed += min(n, _PIECE) if wanted else 0
+                    if unflushed >= _FLUSH_EVERY and not self._flushing:
+                        unflushed = 0
+                        self._flushing = True
+                        await workers.run(0, self._flush())
                     await self.throttle(n if wanted else 0)
                 await workers.idle()
                 if not self._has_failed:
@@ -231,6 +240,12 @@ class StreamJob(BlockJob):
             self._has_failed = True
         else:
             self._finish(piece)
+
+    async def _flush(self) -> None:
+        try:
+            await self._chain.overlay.flush()
+        finally:
+            self._flushing = False
 
     def _skip(self, offset: int, length: int) -> None:
         pieces = self._pieces

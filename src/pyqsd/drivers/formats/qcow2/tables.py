@@ -34,9 +34,12 @@ def count_same(entries: array[int], at: int, end: int) -> int:
     view = memoryview(entries).cast("B")
     one = bytes(view[at * size : (at + 1) * size])
     found = at + 1
-    for step in (512, 64, 8, 1):
+    for step in (1024, 128, 16, 4, 1):
+        if found + step > end:
+            continue
         pattern = one * step
-        while found + step <= end and view[found * size : (found + step) * size] == pattern:
+        # Bytes are compared at once, views one by one.
+        while found + step <= end and bytes(view[found * size : (found + step) * size]) == pattern:
             found += step
     return found - at
 
