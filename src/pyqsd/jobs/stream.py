@@ -208,10 +208,13 @@ class StreamJob(BlockJob):
         below = chain.overlay.below()
         assert below is not None
         try:
-            (m, flags, _, _), depth = await below.block_status_above(chain.lowest.below(), offset, n, False)
+            base = chain.above_base.below()
+            (m, flags, _, _), depth = await below.block_status_above(base, offset, n, False)
             if not m:
-                # The layers below end here.
-                return length, False
+                # The layer below ends here, and a longer base must not show through.
+                if base is None or offset >= base.length:
+                    return length, False
+                return min(n, base.length - offset, _PIECE if self.speed else _ZERO_PIECE), True
             if not depth:
                 return m, False
             if m > _PIECE and not self.speed:
