@@ -2,8 +2,9 @@
 
 Bounded in time (`--minutes`) and in rounds (`--rounds`). Each round is one random workload, one through the compress
 filter, one of an image with a data file that is resized again and again, one storm of concurrent requests, one of
-changes of the graph under load, one of all features of qcow2 at once, one kill -9, and fuzz on both protocols. The
-first failure ends it, prints what it was and how to do that round again (`--seed`), and leaves the files there.
+changes of the graph under load, one of all features of qcow2 at once, one stream of a chain under load, one kill -9,
+and fuzz on both protocols. The first failure ends it, prints what it was and how to do that round again (`--seed`), and
+leaves the files there.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from tests.system import (
     test_graph_changes,
     test_random_compressed,
     test_random_workload,
+    test_stream_live,
 )
 
 
@@ -68,6 +70,11 @@ def crash(root: Path, seed: int) -> str:
 def graph(root: Path, seed: int) -> str:
     commands = test_graph_changes.storm(root / "graph", seed, steps=400, kill=bool(seed % 2))
     return f"{commands} changes, then {'SIGKILL' if seed % 2 else 'the usual end'}"
+
+
+def stream(root: Path, seed: int) -> str:
+    rng = random.Random(seed)
+    return test_stream_live.live(root / "stream", seed, rng.choice(test_stream_live.ENDS))
 
 
 def features(root: Path, seed: int) -> str:
@@ -140,6 +147,7 @@ PARTS = {
     "storm": storm,
     "graph": graph,
     "features": features,
+    "stream": stream,
     "crash": crash,
     "abuse": abuse,
     "check": check,

@@ -56,6 +56,8 @@ class Graph:
         #: The jobs that work on nodes, until they are forgotten, the oldest first.
         self.block_jobs: list[Any] = []
         self._drains: list[_Drain] = []
+        #: Held by who changes edges and waits for something in between, and by a job that changes edges in its end.
+        self.changing = asyncio.Lock()
         #: What nodes still have to do because their parents gave up permissions.
         self._after_perms: set[asyncio.Task[None]] = set()
         self._names_made = 0

@@ -102,7 +102,7 @@ async def set_read_only(graph: Graph, node: Node, read_only: bool) -> None:
 async def _reopen_nodes(graph: Graph, wanted: list[tuple[Node, BlockdevOptions]], keep_children: bool) -> None:
     work = _Reopening(graph, {node for node, _ in wanted}, keep_children)
     queue, change = work.queue, work.change
-    async with graph.drained(*_concerned(work.explicit)):
+    async with graph.changing, graph.drained(*_concerned(work.explicit)):
         try:
             for node, options in wanted:
                 await _prepare(work, node, options)

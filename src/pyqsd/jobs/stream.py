@@ -295,7 +295,7 @@ class StreamJob(BlockJob):
         top = self._filter
         if top is None:
             return
-        async with self.graph.drained(top):
+        async with self.graph.changing, self.graph.drained(top):
             if self._user is not None:
                 self.close_backend(self._user)
                 self._user = None
