@@ -72,6 +72,7 @@ async def until(condition: Callable[[], bool]) -> None:
 async def finish(graph: Graph, job: Job) -> None:
     """Close everything, once the job has ended."""
     await until(lambda: job.status is JobStatus.CONCLUDED)
+    await job.user_dismiss()
     assert not graph.backends
     assert {node for node in graph.nodes if not node.startswith(("#", "log"))} == {"base", "mid", "top"}
     await graph.close_all()

@@ -145,7 +145,7 @@ def at_rest(context: Context) -> Any:
 
     def jobs() -> Any:
         found = context.daemon.qmp.execute("query-block-jobs")
-        return found if found[0]["offset"] and not found[0]["busy"] else None
+        return found if found[0]["offset"] >= 320 * K and not found[0]["busy"] else None
 
     return poll(jobs, "the job to wait")
 

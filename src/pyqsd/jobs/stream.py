@@ -135,7 +135,6 @@ class StreamJob(BlockJob):
         self._pieces: deque[_Piece] = deque()
         self._has_failed = False
         self._flushing = False
-        self._left: list[Node] = []
         try:
             self._user: BlockBackend | None = self.open_backend(top, perms.CONSISTENT_READ, _UNCHANGED | perms.WRITE)
             self.add_node("active node", chain.target, 0, _UNCHANGED | perms.WRITE)
@@ -310,19 +309,19 @@ class StreamJob(BlockJob):
 
             await _remove_filter(top, self._chain.target, rebase)
             self._filter = None
-            if backing is not None and backing.node is not base:
-                self._left.append(backing.node)
 
     async def abort(self) -> None:
         await self._take_filter_away()
 
     async def clean(self) -> None:
+        # Not the base's: nodes are let go of later.
         await self._take_filter_away()
-        await super().clean()
-        for node in self._left:
-            await self.graph.unref(node)
         if self._was_read_only:
             await _read_only_again(self.graph, self._chain.target)
+
+    async def dismissed(self) -> None:
+        # As in QSD, they are held until then. Layers that nobody else uses are closed.
+        await self.release_nodes()
 
 
 async def _read_only_again(graph: Graph, node: Node) -> None:
