@@ -216,7 +216,7 @@ def options(rng: random.Random, **more: Any) -> dict[str, Any]:
         "target": "t",
         "sync": "full",
         "granularity": rng.choice((512, 4096, 16384, 65536)),
-        "buf-size": rng.choice((0, 1, 1 << 17)),
+        "buf-size": rng.choice((0, 1, 100_001, 1 << 17)),
         "copy-mode": rng.choice(("background", "write-blocking")),
         **more,
     }

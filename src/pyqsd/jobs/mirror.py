@@ -472,13 +472,15 @@ class MirrorJob(BlockJob):
             if not zeroes:
                 self._data_from, self._data_until = start, start + n
         if not zeroes:
-            most = min(max(self._chunk, unit), -(-(self._data_until - start) // unit) * unit)
+            most = min(max(self._chunk // unit * unit, unit), -(-(self._data_until - start) // unit) * unit)
         elif start + n < size:
             most = n // unit * unit
         else:
             most = n
-        clean = bitmap.next_zero(dirty)
-        end = min(start + most, -(-(size if clean is None else clean) // unit) * unit, size)
+        end = min(start + most, size)
+        clean = bitmap.next_zero(dirty, end)
+        if clean is not None:
+            end = min(-(-clean // unit) * unit, end)
         # Others may have copied it meanwhile, or have taken a part of it.
         end = self._locks.start_of_taken(start, end)
         if end <= start or (end % unit and end != size):
