@@ -44,7 +44,6 @@ async def insert_above(node: Node, driver: type[InternalFilter], name: str | Non
             setattr(top.driver, setting, value)
         top.job_owned = True
         top.implicit = name is None
-        top.active = node.active
         # It adds nothing of its own to what the node does with these.
         top.discard_unmap = True
         top.length = node.length

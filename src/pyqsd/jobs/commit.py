@@ -46,6 +46,8 @@ _PIECE: Final = 512 << 10
 #: Bytes that are made zeroes in one piece.
 _ZERO_PIECE: Final = 64 << 20
 _MOST_PIECES: Final = 16
+#: After so many bytes the base is flushed, so that the last flush does not take long.
+_FLUSH: Final = 16 << 20
 #: A request that fails again and again, and is to be repeated, waits for so long in between, seconds.
 _AGAIN: Final = 0.05
 
@@ -106,6 +108,9 @@ class CommitJob(BlockJob):
         self._areas: list[tuple[int, int]] = []
         #: What has failed, where: begin and end, which are the same if it is in `_areas` anyway.
         self._failures: list[tuple[int, int, CopyError]] = []
+        #: Bytes that were written since the last flush was begun.
+        self._unflushed = 0
+        self._flushing = False
         self._switching = False
         self._succeeded = False
 
@@ -150,10 +155,14 @@ class CommitJob(BlockJob):
             self.workers = workers
             while True:
                 while self._areas:
-                    await self._next(transfer, workers)
+                    await self._next(transfer, self._into, workers)
                 await workers.idle()
                 if self._failures or not await self._flushed(self._into):
                     await self._judge()
+                elif (grown := self._hidden_end()) > end:
+                    # There is another overlay.
+                    self.expect(grown - end)
+                    self._areas, end = [(end, grown)], grown
                 else:
                     return
 
@@ -164,7 +173,7 @@ class CommitJob(BlockJob):
         overlays = [edge.parent.length for edge in self._filter.parents if edge.role & ROLE_COW]
         return max(self._top.length, min(self._base.length, max(overlays, default=0)))
 
-    async def _next(self, transfer: Transfer, workers: Workers) -> None:
+    async def _next(self, transfer: Transfer, into: BlockBackend, workers: Workers) -> None:
         """Begin to work on the next piece."""
         offset, end = self._areas.pop()
         n, method = 0, None
@@ -176,6 +185,9 @@ class CommitJob(BlockJob):
             self._areas.append((offset + n, end))
         if method is not None:
             await workers.run(min(n, _PIECE), self._piece(offset, n, method(offset, n)))
+            if self._unflushed >= _FLUSH and not self._flushing:
+                self._unflushed, self._flushing = 0, True
+                await workers.run(0, self._flush_early(into))
             await self.throttle(n)
         else:
             self.advance(n)
@@ -205,6 +217,14 @@ class CommitJob(BlockJob):
             self._failures.append((offset, offset + length, exc))
         else:
             self.advance(length)
+            self._unflushed += length
+
+    async def _flush_early(self, backend: BlockBackend) -> None:
+        """A piece of work: what is there so far goes to the disk while more is copied."""
+        try:
+            await self._flushed(backend)
+        finally:
+            self._flushing = False
 
     async def _flushed(self, backend: BlockBackend) -> bool:
         try:
