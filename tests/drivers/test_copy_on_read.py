@@ -107,7 +107,7 @@ def test_dirty_bitmaps_take_no_notice(chain: Path) -> None:
             bitmaps = []
             for place in (node, top):
                 bitmap = DirtyBitmap("b", SIZE, 65536)
-                place.dirty_bitmaps["b"] = bitmap
+                place.dirty_bitmaps.add(bitmap)
                 bitmaps.append(bitmap)
             await read(user, 0, SIZE)
             assert [bitmap.count for bitmap in bitmaps] == [0, 0]

@@ -263,7 +263,7 @@ def test_downgrade_with_a_new_persistent_bitmap(tmp_path: Path) -> None:
 
     async def main() -> None:
         async with opened(path) as node:
-            node.dirty_bitmaps["new"] = DirtyBitmap("new", node.length, 65536, persistent=True)
+            node.dirty_bitmaps.add(DirtyBitmap("new", node.length, 65536, persistent=True))
             with pytest.raises(Error, match="Cannot downgrade an image with persistent bitmaps"):
                 await amend(node, version="v2")
 
