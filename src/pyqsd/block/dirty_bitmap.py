@@ -194,17 +194,19 @@ class DirtyBitmap:
             if chunk is not None:
                 if chunk[(first & self._mask) >> 3] & _BIT[first & 7]:
                     return
-            elif number < self._whole_chunks:
-                position = first & self._mask
+            else:
                 listed = self._listed.get(number)
-                if listed is None:
-                    self._listed[number] = array(self._typecode, (position,))
+                if listed is not None:
+                    position = first & self._mask
+                    if listed[-1] != position:
+                        listed.append(position)
+                        if len(listed) >= _MAX_LISTED:
+                            self._look_through(number)
+                    return
+                if number < self._whole_chunks:
+                    self._listed[number] = array(self._typecode, (first & self._mask,))
                     self._numbers = None
-                elif listed[-1] != position:
-                    listed.append(position)
-                    if len(listed) >= _MAX_LISTED:
-                        self._look_through(number)
-                return
+                    return
         self._set(first, ((offset + length - 1) >> self._shift) + 1)
 
     def clear(self, offset: int = 0, length: int | None = None) -> None:
