@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import random
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ SIZE = 1 << 20
 CLUSTER = 65536
 
 
+@functools.cache
 def before() -> bytes:
     """Data, with clusters of zeroes among it."""
     return bytes(i // CLUSTER % 4 and i // 512 % 255 + 1 for i in range(SIZE))
@@ -259,5 +261,37 @@ def test_a_flush_of_the_source_leaves_the_target_alone(images: Path) -> None:
             await user.flush()
             assert not g.nodes["s"].needs_flush
             assert g.nodes["t"].needs_flush
+
+    run(main)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_an_overlay_shows_the_past(seed: int, images: Path) -> None:
+    """Fleecing as it was before ``snapshot-access``: the target has the source as its backing file, and is read."""
+    rnd = random.Random(seed)
+
+    async def main() -> None:
+        async with graph() as g:
+            await opening.add(g, node_name="s", driver="file", filename=str(images / "s.img"))
+            below = {"driver": "file", "filename": str(images / "t.qcow2")}
+            await opening.add(g, node_name="t", driver="qcow2", file=below, backing="s")
+            node = await opening.add(g, driver="copy-before-write", file="s", target="t")
+            user, old = use(g, node), use(g, g.nodes["t"], perm=opening.READ)
+            for one in list(g.nodes.values()):
+                slow_down(one, rnd)
+            ended: list[int] = []
+
+            async def writer(lane: int) -> None:
+                for _ in range(15):
+                    await write(user, rnd.randrange(SIZE // 512) * 512, bytes([lane]) * 512)
+                ended.append(lane)
+
+            async def reader() -> None:
+                while len(ended) < 4:
+                    length = rnd.choice((512, CLUSTER, 300_000))
+                    at = rnd.randrange(SIZE - length)
+                    assert await read(old, at, length) == before()[at : at + length]
+
+            await asyncio.gather(*(writer(lane) for lane in range(4)), reader(), reader(), reader())
 
     run(main)

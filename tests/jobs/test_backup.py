@@ -251,7 +251,7 @@ def test_stopping_it_at_any_moment(seed: int, tmp_path: Path) -> None:
                     elif not job.user_paused:
                         await c("job-pause", id="j")
                         await turns()
-                        if job.user_paused and rnd.random() < 0.7:
+                        if job.status is JobStatus.PAUSED and rnd.random() < 0.7:
                             await c("job-resume", id="j")
                     await turns()
                 if turn == 11:

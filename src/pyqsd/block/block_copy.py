@@ -82,7 +82,7 @@ class Transfer:
             return
         free = self._buffers.setdefault(length, [])
         buffer = free.pop() if free else iovs.aligned_buffer(length)
-        flags = BACKGROUND if length >= _BACKGROUND_FROM else 0
+        flags = BACKGROUND if length > _BACKGROUND_FROM else 0
         try:
             try:
                 await self._source.preadv(offset, length, [buffer], flags)

@@ -8,10 +8,9 @@ Offsets and lengths are bytes.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 from pyqsd.block.block_copy import CopyError, Transfer
@@ -20,6 +19,7 @@ from pyqsd.block.dirty_bitmap import DirtyBitmap
 from pyqsd.block.driver import WRITE_COMPRESSED
 from pyqsd.block.extents import ALLOCATED, ZERO
 from pyqsd.block.node import Node
+from pyqsd.block.pieces import Piece, Pieces
 from pyqsd.qapi.errors import Error
 
 log = logging.getLogger(__name__)
@@ -55,63 +55,6 @@ def natural_cluster(target: Node, least: int) -> int:
     return max(_DEFAULT_CLUSTER, known.get("cluster_size") or 0)
 
 
-class Piece:
-    """Clusters that somebody copies, or reads: ``[start, end)``."""
-
-    __slots__ = ("done", "end", "start")
-
-    def __init__(self, start: int, end: int) -> None:
-        self.start = start
-        self.end = end
-        self.done: asyncio.Future[None] | None = None
-
-
-class Pieces:
-    """Those in progress."""
-
-    __slots__ = ("_pieces",)
-
-    def __init__(self) -> None:
-        self._pieces: set[Piece] = set()
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
-    def __iter__(self) -> Iterator[Piece]:
-        return iter(self._pieces)
-
-    def begin(self, start: int, end: int) -> Piece:
-        """One more, until `finish`."""
-        piece = Piece(start, end)
-        self._pieces.add(piece)
-        return piece
-
-    def finish(self, piece: Piece) -> None:
-        """It is done; those who wait for it go on."""
-        self._pieces.discard(piece)
-        if piece.done is not None and not piece.done.done():
-            piece.done.set_result(None)
-
-    def touching(self, start: int, end: int) -> Piece | None:
-        """One that touches the range."""
-        for piece in self._pieces:
-            if piece.start < end and start < piece.end:
-                return piece
-        return None
-
-    @staticmethod
-    async def wait(piece: Piece) -> None:
-        """Until `piece` is done, whatever comes of it."""
-        if piece.done is None:
-            piece.done = asyncio.get_running_loop().create_future()
-        await asyncio.shield(piece.done)
-
-    async def wait_for_all(self, start: int = 0, end: int = _INT64_MAX) -> None:
-        """Until none touches the range."""
-        while (piece := self.touching(start, end)) is not None:
-            await self.wait(piece)
-
-
 class ClusterCopy:
     """What is still to be copied from the child `source` of `node` to its child `target`, and copying it.
 
@@ -137,6 +80,8 @@ class ClusterCopy:
                 self.to_copy.merge(bitmap)
             except Error as exc:
                 raise exc.prefixed(f"Failed to merge bitmap '{bitmap.name}' to internal copy-bitmap: ") from exc
+        #: Where `next_piece` knows that everything is still to be copied.
+        self._known = (0, 0)
         #: What is being copied at the moment.
         self.pieces = Pieces()
         #: Give back the space of what was copied, at the source.
@@ -165,6 +110,7 @@ class ClusterCopy:
         """Only what is dirty in `bitmap` is to be copied. Raises Error if its size is another."""
         self.to_copy.clear()
         self.to_copy.merge(bitmap)
+        self._known = (0, 0)
 
     async def skip_unallocated(self, start: int) -> int:
         """Of what is still to be copied from `start` on, skip the first clusters that are not in the source itself, but
@@ -181,6 +127,7 @@ class ClusterCopy:
         if stop <= at:
             return self.aligned(at, at + 1)[1]
         self.to_copy.clear(at, stop - at)
+        self._known = (0, 0)
         return stop
 
     def aligned(self, start: int, end: int) -> tuple[int, int]:
@@ -213,15 +160,22 @@ class ClusterCopy:
         """Take the first piece at or after `start` that is still to be copied, of at most `most` bytes of data, or of
         `most_zero` bytes that read as zeroes: whoever calls this passes it to `do`, together with whether it reads as
         zeroes, or to `put_back`. None: there is none."""
-        while (area := self.to_copy.next_dirty_area(start, None, AHEAD)) is not None:
-            first = area[0]
-            length, zero = await self._extent(first, first + area[1], most)
+        while True:
+            first, end = self._known
+            if first <= start < end:
+                first = start
+            else:
+                area = self.to_copy.next_dirty_area(start, None, AHEAD)
+                if area is None:
+                    return None
+                first, end = self._known = area[0], area[0] + area[1]
+            length, zero = await self._extent(first, end, most)
             if zero:
                 length = min(length, max(most_zero // self.cluster, 1) * self.cluster)
-            area = self.to_copy.next_dirty_area(first, first + length)
-            if area is not None and area[0] == first:
-                return self.take(first, area[1]), zero
-        return None
+            # Others may have taken some of it meanwhile.
+            begin, end = self._known
+            if begin <= first < end:
+                return self.take(first, min(length, end - first)), zero
 
     async def _extent(self, start: int, end: int, most: int) -> tuple[int, bool]:
         """How the range begins: for how many bytes (whole clusters unless it ends before, and of data at most `most`),
@@ -241,6 +195,11 @@ class ClusterCopy:
     def take(self, start: int, length: int) -> Piece:
         """Whole clusters that are to be copied are copied by the caller: he passes the piece to `do`."""
         self.to_copy.clear(start, length)
+        first, end = self._known
+        if first <= start < end:
+            self._known = (start + length, end) if start == first else (first, start)
+        elif start < end and first < start + length:
+            self._known = (0, 0)
         return self.pieces.begin(start, start + length)
 
     def put_back(self, piece: Piece) -> None:
@@ -256,7 +215,7 @@ class ClusterCopy:
             stop = min(end, self.source.node.length)
             if stop > self.target.node.length:
                 raise CopyError(False, OSError(errno.EIO, "Beyond the end of the target"))
-            if zero:
+            if start < stop and zero:
                 await self._transfer.zero(start, stop - start)
             elif start < stop:
                 await self._copy_data(start, stop)
@@ -286,6 +245,7 @@ class ClusterCopy:
     def skip(self, start: int, length: int) -> None:
         """These clusters need not be copied."""
         self.to_copy.clear(start, length)
+        self._known = (0, 0)
         if self.on_skipped is not None:
             self.on_skipped()
 
@@ -296,6 +256,3 @@ class ClusterCopy:
 
     def _whole(self, piece: Piece) -> tuple[int, int]:
         return self.aligned(piece.start, piece.end)
-
-
-__all__ = ["CHUNK", "ClusterCopy", "CopyError", "Piece", "Pieces", "natural_cluster"]

@@ -36,6 +36,7 @@ from pyqsd.qapi.errors import Error
 if TYPE_CHECKING:
     from pyqsd.block.graph import Graph
     from pyqsd.block.op_blockers import Blocker
+    from pyqsd.block.pieces import Pieces
 
 _NOT_SUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP)
 
@@ -102,6 +103,8 @@ class Node:
         #: What is called with every write.
         self._marks: Marks = ()
         self.dirty_bitmaps = NodeBitmaps(self._set_marks)
+        #: The reads that take their time, if somebody must wait for those of a range; see `pyqsd.block.point_in_time`.
+        self.watched_reads: Pieces | None = None
         #: Who keeps the node from what; see `pyqsd.block.op_blockers`.
         self.op_blockers: list[Blocker] = []
         #: Offset above which a write raises BLOCK_WRITE_THRESHOLD, 0: none.
@@ -288,6 +291,8 @@ class Node:
                 return
             iov, length = iovs.part(iov, 0, inside), inside
         self.in_flight += 1
+        watched = self.watched_reads
+        piece = None if watched is None else watched.begin(offset, offset + length)
         try:
             align = self.limits.request_alignment
             if align > 1 and (offset | length) & (align - 1):
@@ -297,6 +302,8 @@ class Node:
             else:
                 await self._read(offset, length, iov, flags)
         finally:
+            if watched is not None and piece is not None:
+                watched.finish(piece)
             self._request_done()
 
     async def _read_padded(self, offset: int, length: int, iov: list[memoryview], align: int) -> None:

@@ -15,11 +15,14 @@ from enum import StrEnum
 
 from pyqsd.block import iov as iovs
 from pyqsd.block import status
+from pyqsd.block.block_copy import CopyError
 from pyqsd.block.child import Child
-from pyqsd.block.cluster_copy import ClusterCopy, CopyError, Pieces
+from pyqsd.block.cluster_copy import ClusterCopy
 from pyqsd.block.dirty_bitmap import DirtyBitmap
 from pyqsd.block.extents import ALLOCATED, EOF, Extent
+from pyqsd.block.graph import is_below
 from pyqsd.block.node import Node
+from pyqsd.block.pieces import Pieces
 
 
 class OnCbwError(StrEnum):
@@ -67,8 +70,20 @@ class PointInTime:
         self._node = node
         #: Reads of what is not in the target yet: it must not be overwritten meanwhile.
         self._reads = Pieces()
+        #: Reads of the source, if users of the target read there what is not in the target yet.
+        self._source_reads: Pieces | None = None
+        self.children_changed()
         #: Copies that nobody waits for any more.
         self._left_behind: set[asyncio.Task[None]] = set()
+
+    def children_changed(self) -> None:
+        """The source or the target is another node now."""
+        self.copier.children_changed()
+        source = self.source.node
+        if is_below(source, self.target.node):
+            source.watched_reads = self._source_reads = source.watched_reads or Pieces()
+        else:
+            self._source_reads = None
 
     async def close(self) -> None:
         """Wait for all that goes on."""
@@ -81,7 +96,7 @@ class PointInTime:
     def may_write_now(self, offset: int, length: int) -> bool:
         """Whether the range may be overwritten with nothing to copy and nothing to wait for."""
         end = offset + length
-        if self._reads:
+        if self._reads or (self._source_reads and self._source_reads.touching(offset, end)):
             return False
         if self.done.next_zero(offset, end) is None or self.broken:
             return True
@@ -105,6 +120,8 @@ class PointInTime:
             else:
                 self.done.mark(start, end - start)
         await self._reads.wait_for_all(start, end)
+        if self._source_reads is not None:
+            await self._source_reads.wait_for_all(start, end)
 
     async def _copy(self, start: int, end: int) -> None:
         if not self.timeout:

@@ -84,7 +84,7 @@ class CopyBeforeWrite(Filter):
         return need, share
 
     def child_changed(self, child: Child) -> None:
-        self._past.copier.children_changed()
+        self._past.children_changed()
 
     async def reopen_prepare(self, options: Any, read_only: bool) -> Any:
         raise Error(
