@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks import jobs, workloads
+from benchmarks import jobs, vhost_user, workloads
 from benchmarks.report import TITLES, Results, number, table
 from benchmarks.servers import SERVERS, Server
 from benchmarks.workloads import Images, MiB, Run
@@ -56,7 +56,7 @@ def machine() -> dict[str, str]:
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
-    every = workloads.WORKLOADS + jobs.WORKLOADS
+    every = workloads.WORKLOADS + vhost_user.WORKLOADS + jobs.WORKLOADS
     chosen = [w for w in every if not args.workload or any(text in w.name for text in args.workload)]
     if args.list:
         print("\n".join(f"{workload.name} ({workload.unit})" for workload in chosen))

@@ -232,37 +232,31 @@ class Virtqueue:
         if self.memory.log is not None:
             return self._walk_logged(head)
         address, length, flags, following = _DESC.unpack_from(table, head << 4)
-        slice_of = self.memory.slice
+        # First the usual request, in three parts of which the second is the data. What is anything else, or goes on
+        # from one region of the memory to the next, `_walk` finds out.
+        memory = self.memory
         try:
-            if flags & _F_INDIRECT:
-                if length & 15 or not length or flags & (_F_NEXT | _F_WRITE):
-                    raise BadRing(f"indirect table of {length} bytes, flags {flags}")
-                table = self._indirect(address, length)
-                if length == 48:
-                    # A request in three parts, the usual one.
-                    a0, n0, f0, x0, a1, n1, f1, x1, a2, n2, f2, _ = _DESC3.unpack_from(table)
-                    if f0 == _F_NEXT and x0 == 1 and x1 == 2 and f2 == _F_WRITE and n0 and n1 and n2:
-                        if f1 == _F_NEXT | _F_WRITE:
-                            return head, [slice_of(a0, n0)], [slice_of(a1, n1), slice_of(a2, n2)]
-                        if f1 == _F_NEXT:
-                            return head, [slice_of(a0, n0), slice_of(a1, n1)], [slice_of(a2, n2)]
-                return head, *self._walk(table, len(table) >> 4, 0)
-            if flags == _F_NEXT and following < self.size and length:
-                first = slice_of(address, length)
+            if flags == _F_INDIRECT and length == 48:
+                a0, n0, f0, x0, a1, n1, f1, x1, a2, n2, f2, _ = _DESC3.unpack_from(memory.slice(address, 48))
+                if f0 == _F_NEXT and x0 == 1 and x1 == 2 and f2 == _F_WRITE and n0 and n1 and n2:
+                    first, second, third = memory.three(a0, n0, a1, n1, a2, n2)
+                    if f1 == _F_NEXT | _F_WRITE:
+                        return head, [first], [second, third]
+                    if f1 == _F_NEXT:
+                        return head, [first, second], [third]
+            elif flags == _F_NEXT and following < self.size and length:
                 a1, n1, f1, x1 = _DESC.unpack_from(table, following << 4)
                 if f1 & _F_NEXT and x1 < self.size and n1:
                     a2, n2, f2, _ = _DESC.unpack_from(table, x1 << 4)
                     if f2 == _F_WRITE and n2:
+                        first, second, third = memory.three(address, length, a1, n1, a2, n2)
                         if f1 == _F_NEXT | _F_WRITE:
-                            return head, [first], [slice_of(a1, n1), slice_of(a2, n2)]
+                            return head, [first], [second, third]
                         if f1 == _F_NEXT:
-                            return head, [first, slice_of(a1, n1)], [slice_of(a2, n2)]
+                            return head, [first, second], [third]
         except BadAddress:
-            # It may go on from one region to the next; who has to say so is `_walk`.
             pass
-        if table is self._desc:
-            return head, *self._walk(table, self.size, head)
-        return head, *self._walk(table, len(table) >> 4, 0)
+        return head, *self._walk(table, self.size, head)
 
     def _indirect(self, address: int, length: int) -> memoryview:
         if length > 16 * MAX_CHAIN:
