@@ -40,14 +40,21 @@ def told(context: Context) -> list[Any]:
 
 
 def until(context: Context, status: str, id: str = "j") -> None:
-    """Wait until the job has this status, as an event tells; events stay."""
+    """Wait until the job has this status, as the last event that comes with it tells; events stay."""
     qmp = context.daemon.qmp
 
     def there() -> bool:
-        return any(
-            event["event"] == "JOB_STATUS_CHANGE" and event["data"] == {"id": id, "status": status}
-            for event in qmp.events
-        )
+        for event in qmp.events:
+            data = event["data"]
+            if status == "pending":
+                if event["event"] == "BLOCK_JOB_PENDING" and data["id"] == id:
+                    return True
+            elif status == "ready":
+                if event["event"] == "BLOCK_JOB_READY" and data["device"] == id:
+                    return True
+            elif event["event"] == "JOB_STATUS_CHANGE" and data == {"id": id, "status": status}:
+                return True
+        return False
 
     while not there():
         message = qmp.message()
