@@ -12,6 +12,7 @@ import pytest
 from pyqsd.block.dirty_bitmap import DirtyBitmap
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
+from pyqsd.drivers.formats.qcow2 import header as headers
 from pyqsd.drivers.formats.qcow2.create import empty_image
 from pyqsd.qapi.command import EventBus
 from tests.drivers.qcow2 import encrypted
@@ -213,12 +214,31 @@ def test_snapshot_is_left_alone() -> None:
     async def main() -> None:
         node, _ = await _logged()
         await node.driver.snapshot_create("one")
+        # The table is in memory again, and shared.
+        assert await node.pread(0, 5) == b"first"
         assert not now(node, 0, b"shared") and not now(node, 64 * KiB, b"table")
         await node.pwrite(0, b"shared")
         assert now(node, 64 * KiB, b"table")
         await node.driver.snapshot_goto(None, "one")
         node.content_replaced()
         assert await node.pread(0, 70_000) == b"first".ljust(70_000, b"\0")
+        await close(node)
+
+    run(main())
+
+
+def test_lazy_image_is_marked_first() -> None:
+    """An image whose counts are all on disk (after a reopening) is marked dirty before any of them is changed."""
+
+    async def main() -> None:
+        node, _ = await _logged(lazy_refcounts=True)
+        driver: Any = node.driver
+        assert now(node, 64 * KiB, b"data")
+        await driver._complete()
+        assert not now(node, 128 * KiB, b"data")
+        await node.pwrite(128 * KiB, b"data")
+        assert driver.image.header.incompatible & headers.INCOMPAT_DIRTY
+        assert now(node, 192 * KiB, b"data")
         await close(node)
 
     run(main())
