@@ -235,6 +235,8 @@ def test_lazy_image_is_marked_first() -> None:
         driver: Any = node.driver
         assert now(node, 64 * KiB, b"data")
         await driver._complete()
+        # There is room in the file, so that this is no reason to wait.
+        await driver.image.reserve(MiB)
         assert not now(node, 128 * KiB, b"data")
         await node.pwrite(128 * KiB, b"data")
         assert driver.image.header.incompatible & headers.INCOMPAT_DIRTY
