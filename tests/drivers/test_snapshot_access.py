@@ -141,3 +141,32 @@ def _pull(client: str, uri: str, out: Path) -> None:
         peers.run("nbdcopy", uri, out)
     else:
         peers.run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, out)
+
+
+def test_the_filter_of_a_job_that_copies_only_a_part(tmp_path: Path) -> None:
+    """What was overwritten and is not part of the backup cannot be read any more, and nothing else is shown instead."""
+    from tests.block.inprocess import Commands
+    from tests.block.inprocess import run as with_daemon
+
+    (tmp_path / "s.img").write_bytes(before())
+    (tmp_path / "t.img").write_bytes(bytes(SIZE))
+
+    async def test(c: Commands) -> None:
+        for name in ("s", "t"):
+            await c.add("file", name, filename=str(tmp_path / f"{name}.img"))
+        await c("block-dirty-bitmap-add", node="s", name="b")
+        user = use(c.graph, c.graph.nodes["s"])
+        await write(user, 3 * CLUSTER, before()[3 * CLUSTER : 4 * CLUSTER])
+        options = {"sync": "bitmap", "bitmap": "b", "bitmap_mode": "never", "auto_finalize": False}
+        await c("blockdev-backup", job_id="j", device="s", target="t", filter_node_name="f", **options)
+        await c.add("snapshot-access", "a", file="f")
+        await write(user, 3 * CLUSTER, b"x" * 3 * CLUSTER)
+        old = c.graph.nodes["a"]
+        assert await read(old, 0, 4 * CLUSTER) == before()[: 4 * CLUSTER]
+        assert await read(old, 6 * CLUSTER, CLUSTER) == before()[6 * CLUSTER : 7 * CLUSTER]
+        with pytest.raises(OSError) as info:
+            await read(old, 5 * CLUSTER, 512)
+        assert info.value.errno == errno.EACCES
+        user.remove()
+
+    with_daemon(test)

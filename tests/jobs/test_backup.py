@@ -369,3 +369,70 @@ def test_what_was_copied_is_discarded_at_the_source(tmp_path: Path) -> None:
             at += n
 
     run(test)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_several_at_once_and_a_snapshot_meanwhile(seed: int, tmp_path: Path) -> None:
+    """Each has its own point in time, also where the source below the filters becomes an overlay."""
+    past = make(tmp_path)
+    for name in ("t", "t2", "u"):
+        peers.run("qemu-img", "create", "-q", "-f", "qcow2", f"{name}.qcow2", str(SIZE), cwd=tmp_path)
+
+    async def test(c: Commands) -> None:
+        await add(c, tmp_path, "s")
+        for name in ("t", "t2"):
+            await add(c, tmp_path, name)
+        await add(c, tmp_path, "u", backing=None)
+        user = use(c, "s")
+        slowly(c, seed)
+        few = {"x-perf": {"max-workers": 1, "max-chunk": CLUSTER}}
+        await c("blockdev-backup", job_id="j", device="s", target="t", sync="full", **few)
+        first = Guest(user, past, seed)
+        await first.write_some(5)
+        second_point = bytes(first.content)
+        await c("blockdev-backup", job_id="k", device="s", target="t2", sync="full", **few)
+        jobs = [c.daemon.jobs.find(id) for id in "jk"]
+        async with guest(user, second_point, seed):
+            await c("blockdev-snapshot", node="s", overlay="u")
+            for job in jobs:
+                assert await ended(job) is None
+        assert user.node is c.graph.nodes["u"]
+        assert await read(c.graph.nodes["t"], 0, SIZE) == past
+        assert await read(c.graph.nodes["t2"], 0, SIZE) == second_point
+        check_clean(c)
+
+    run(test)
+
+
+def test_the_job_that_other_jobs_wait_for_is_cancelled(tmp_path: Path) -> None:
+    """Grouped jobs: neither bitmap is cleared when one of the jobs comes to nothing."""
+    make(tmp_path)
+    for name in ("t", "t2"):
+        peers.run("qemu-img", "create", "-q", "-f", "qcow2", f"{name}.qcow2", str(SIZE), cwd=tmp_path)
+
+    async def test(c: Commands) -> None:
+        source = await add(c, tmp_path, "s")
+        for name in ("t", "t2"):
+            await add(c, tmp_path, name)
+        await c("block-dirty-bitmap-add", node="s", name="a")
+        await c("block-dirty-bitmap-add", node="s", name="b")
+        user = use(c, "s")
+        await write(user, 0, b"x" * 512)
+        common = {"device": "s", "sync": "incremental"}
+        actions = [
+            {"type": "blockdev-backup", "data": {**common, "job-id": "j", "target": "t", "bitmap": "a"}},
+            {"type": "blockdev-backup", "data": {**common, "job-id": "k", "target": "t2", "bitmap": "b", "speed": 1}},
+        ]
+        await c("block-dirty-bitmap-merge", node="s", target="b", bitmaps=["a"])
+        await write(user, 10 * CLUSTER, b"x" * 9 * CLUSTER)
+        await c("transaction", actions=actions, properties={"completion-mode": "grouped"})
+        jobs = [c.daemon.jobs.find(id) for id in "jk"]
+        await turn_by_turn(lambda: jobs[0].status is JobStatus.WAITING)
+        await write(user, 30 * CLUSTER, b"y" * 512)
+        await c("job-cancel", id="k")
+        assert [await ended(job) for job in jobs] == ["Operation canceled"] * 2
+        for name in "ab":
+            assert source.dirty_bitmaps[name].count == 11 * CLUSTER
+        check_clean(c)
+
+    run(test)

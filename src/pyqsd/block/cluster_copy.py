@@ -80,6 +80,8 @@ class ClusterCopy:
                 self.to_copy.merge(bitmap)
             except Error as exc:
                 raise exc.prefixed(f"Failed to merge bitmap '{bitmap.name}' to internal copy-bitmap: ") from exc
+        #: What is never copied, although it is part of the past: others do not need it.
+        self.left_out = DirtyBitmap("", source.node.length, self.cluster, enabled=False)
         #: Where `next_piece` knows that everything is still to be copied.
         self._known = (0, 0)
         #: What is being copied at the moment.
@@ -111,6 +113,9 @@ class ClusterCopy:
         self.to_copy.clear()
         self.to_copy.merge(bitmap)
         self._known = (0, 0)
+        self.left_out.mark(0, self.left_out.size)
+        for start, length in self.to_copy.areas():
+            self.left_out.clear(start, length)
 
     async def skip_unallocated(self, start: int) -> int:
         """Of what is still to be copied from `start` on, skip the first clusters that are not in the source itself, but
@@ -127,6 +132,7 @@ class ClusterCopy:
         if stop <= at:
             return self.aligned(at, at + 1)[1]
         self.to_copy.clear(at, stop - at)
+        self.left_out.mark(at, stop - at)
         self._known = (0, 0)
         return stop
 

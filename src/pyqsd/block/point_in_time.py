@@ -159,7 +159,10 @@ class PointInTime:
             raise OSError(errno.EACCES, "Not preserved")
         inside = self.done.is_dirty(offset)
         other = self.done.next_zero(offset, end) if inside else self.done.next_dirty(offset, end)
-        return (end if other is None else other) - offset, inside
+        stop = end if other is None else other
+        if inside and self.copier.left_out.next_dirty(offset, stop) is not None:
+            raise OSError(errno.EACCES, "Overwritten, and not preserved")
+        return stop - offset, inside
 
     def read_now(self, offset: int, length: int, iov: list[memoryview]) -> bool:
         """Read the whole range if that takes no waiting; False otherwise, with the buffers in any state."""

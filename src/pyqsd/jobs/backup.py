@@ -149,7 +149,7 @@ class BackupJob(BlockJob):
         at = 0
         async with Workers(self._most_workers, max(_MOST_BYTES, self._chunk)) as workers:
             self.workers = workers
-            while (found := await copier.next_piece(at, self._chunk, CHUNK if self.speed else AHEAD)) is not None:
+            while (found := await copier.next_piece(at, self._chunk, self._most_zero)) is not None:
                 piece, zero = found
                 at = piece.end
                 length = piece.end - piece.start
@@ -163,6 +163,11 @@ class BackupJob(BlockJob):
         # What others have taken may come back if they fail.
         await copier.pieces.wait_for_all()
         await self.pause_point()
+
+    @property
+    def _most_zero(self) -> int:
+        """Bytes of zeroes that are written at once; they count for the speed as much as others."""
+        return min(self._chunk, CHUNK) if self.speed else AHEAD
 
     async def _failed(self, failure: CopyError) -> None:
         """A request failed. Raises OSError if that is the end of it."""
