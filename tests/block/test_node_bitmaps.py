@@ -76,7 +76,8 @@ def test_a_successor(enabled: bool, success: bool) -> None:
     assert granules(a) == {0}
     assert granules(a.with_successor()) == ({0, 5} if enabled else {0})
     result = (bitmaps.abdicate if success else bitmaps.reclaim)(a)
-    assert bitmaps["a"] is result and result is (successor if success else a)
+    assert bitmaps["a"] is result and result is a
+    assert successor not in bitmaps
     assert (result.name, result.persistent, result.readonly, result.busy) == ("a", True, True, False)
     assert result.enabled is enabled and result.successor is None
     assert granules(result) == ({5} if enabled else set()) | (set() if success else {0})

@@ -64,6 +64,23 @@ def good(directory: Path, number: int) -> dict[str, dict[str, Any]]:
             snapshot_node_name=f"sync{number}",
         ),
         "internal": act("blockdev-snapshot-internal-sync", device="a", name=f"internal{number}"),
+        "backup": act("blockdev-backup", job_id=f"job{number}", device="a", target=f"target{number}", sync="full"),
+        "backup with a bitmap": act(
+            "blockdev-backup",
+            job_id=f"job{number}",
+            device="a",
+            target=f"target{number}",
+            sync="bitmap",
+            bitmap="stored",
+            bitmap_mode="always",
+        ),
+        "drive-backup": act(
+            "drive-backup",
+            job_id=f"job{number}",
+            device="b",
+            target=str(directory / f"sync{number}.qcow2"),
+            sync="top",
+        ),
     }
 
 
@@ -85,6 +102,18 @@ def bad(directory: Path) -> dict[str, dict[str, Any]]:
             snapshot_node_name="x",
         ),
         "internal": act("blockdev-snapshot-internal-sync", device="a", name="taken"),
+        "backup": act(
+            "blockdev-backup",
+            job_id="x",
+            device="a",
+            target="target9",
+            sync="incremental",
+            bitmap="stored",
+            x_perf={"max-chunk": 4096},
+        ),
+        "drive-backup": act(
+            "drive-backup", job_id="x", device="b", target=str(directory / "nosuch" / "x.qcow2"), sync="full"
+        ),
     }
 
 
@@ -111,6 +140,8 @@ class Scene:
             more = {"backing": None} if name == "over" else {}
             file = {"driver": "file", "filename": str(directory / f"{name}.qcow2")}
             await qmp("blockdev-add", driver="qcow2", node_name=name, file=file, **more)
+        for number in (1, 2, 3, 9):
+            await qmp("blockdev-add", driver="null-co", node_name=f"target{number}", size=SIZE)
         await qmp("block-dirty-bitmap-add", node="a", name="memory", granularity=512)
         await qmp("block-dirty-bitmap-add", node="a", name="off", disabled=True)
         await qmp("block-dirty-bitmap-add", node="b", name="other", granularity=4096)
@@ -149,8 +180,10 @@ class Scene:
 
 
 def _plain(value: Any) -> Any:
-    """Without the sizes of files, which may have grown."""
+    """Without the sizes of files, which may have grown, and the order of bitmaps, which backups may change."""
     if isinstance(value, dict):
+        if "dirty-bitmaps" in value:
+            value = {**value, "dirty-bitmaps": sorted(value["dirty-bitmaps"], key=lambda one: one.get("name", ""))}
         return {key: _plain(item) for key, item in value.items() if key not in ("actual-size", "vm-clock-nsec")}
     return [_plain(item) for item in value] if isinstance(value, list) else value
 

@@ -95,20 +95,22 @@ class NodeBitmaps(Mapping[str | DirtyBitmap, DirtyBitmap]):
         return successor
 
     def abdicate(self, bitmap: DirtyBitmap) -> DirtyBitmap:
-        """The successor of `bitmap` takes its name and its place; what `bitmap` had is no more the node's."""
+        """`bitmap` has what its successor has recorded, and goes on; what it had itself is forgotten.
+
+        From now on it is as new as the successor, which is what remains in QSD.
+        """
         successor = self._release(bitmap)
         if self.get(bitmap.name) is not bitmap:
             return self._gone(bitmap, successor)
-        successor.name = bitmap.name
-        successor.persistent = bitmap.persistent
-        successor.readonly = bitmap.readonly
-        bitmap.persistent = False
-        # It is as new as it is, so it keeps its position.
-        kept = [one for one in self.values() if one is not bitmap]
-        self._bitmaps = {one.name or one: one for one in kept}
-        bitmap.on_enable = None
-        self._changed()
-        return successor
+        bitmap.exchange(successor)
+        del self._bitmaps[bitmap.name]
+        self._bitmaps = {
+            (bitmap.name if one is successor else key): (bitmap if one is successor else one)
+            for key, one in self._bitmaps.items()
+        }
+        successor.on_enable = None
+        bitmap.enabled = successor.enabled
+        return bitmap
 
     def reclaim(self, bitmap: DirtyBitmap) -> DirtyBitmap:
         """`bitmap` takes over all that its successor has recorded, and goes on."""
