@@ -2,9 +2,9 @@
 
 Bounded in time (`--minutes`) and in rounds (`--rounds`). Each round is one random workload, one through the compress
 filter, one of an image with a data file that is resized again and again, one storm of concurrent requests, one of
-changes of the graph under load, one of all features of qcow2 at once, one stream of a chain under load, one kill -9,
-and fuzz on both protocols. The first failure ends it, prints what it was and how to do that round again (`--seed`), and
-leaves the files there.
+changes of the graph under load, one of all features of qcow2 at once, one stream of a chain under load, one
+mirror or active commit, one kill -9, and fuzz on both protocols. The first failure ends it, prints what it was and how
+to do that round again (`--seed`), and leaves the files there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from tests.system import (
     test_crash,
     test_feature_storm,
     test_graph_changes,
+    test_mirror_live,
     test_random_compressed,
     test_random_workload,
     test_stream_live,
@@ -75,6 +76,11 @@ def graph(root: Path, seed: int) -> str:
 def stream(root: Path, seed: int) -> str:
     rng = random.Random(seed)
     return test_stream_live.live(root / "stream", seed, rng.choice(test_stream_live.ENDS))
+
+
+def mirror(root: Path, seed: int) -> str:
+    rng = random.Random(seed)
+    return test_mirror_live.live(root / "mirror", seed, rng.choice(test_mirror_live.ENDS))
 
 
 def features(root: Path, seed: int) -> str:
@@ -148,6 +154,7 @@ PARTS = {
     "graph": graph,
     "features": features,
     "stream": stream,
+    "mirror": mirror,
     "crash": crash,
     "abuse": abuse,
     "check": check,
