@@ -393,3 +393,21 @@ def test_killed(tmp_path: Path, seed: int, active: bool) -> None:
         client.flush()
         daemon.kill()
     chain.check(3)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_while_overlays_get_another_backing_file(tmp_path: Path, seed: int) -> None:
+    """Whichever name is in the header then, what is read is the same."""
+    chain = Chain(tmp_path, 400 + seed, 4, equal=True)
+    daemon = DaemonProcess("pyqsd", workdir=tmp_path)
+    for index in range(4):
+        daemon.qmp.execute("blockdev-add", **chain.options(index))
+    names = {"device": "n3", "top_node": "n2", "base_node": "n0"}
+    daemon.qmp.execute("block-commit", job_id="j", auto_finalize=False, **names)
+    daemon.qmp.wait_event("BLOCK_JOB_PENDING")
+    daemon.qmp.send({"execute": "job-finalize", "arguments": {"id": "j"}})
+    # As good as at once, and when so many states have been told of.
+    for _ in range(seed):
+        daemon.qmp.message()
+    daemon.kill()
+    chain.check(3)

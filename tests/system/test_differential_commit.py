@@ -231,6 +231,18 @@ BASES: list[dict[str, Any]] = [
     },
 ]
 
+#: The chain with filters: f0 over the base, f2 over m2, ftop over all. (With one as the top of a commit, QSD hangs.)
+FILTERED = [
+    layer("base", None, "ov.qcow2"),
+    add(driver="compress", node_name="f0", file="base", read_only=True),
+    layer("m1", "f0"),
+    layer("m2", "m1"),
+    add(driver="compress", node_name="f2", file="m2", read_only=True),
+    layer("m3", "f2"),
+    layer("top", "m3"),
+    add(driver="compress", node_name="ftop", file="top"),
+]
+
 SESSIONS = [
     Session(
         "commit-mistakes",
@@ -479,6 +491,52 @@ SESSIONS = [
         ],
         images=ALL,
         compare_events=False,
+    ),
+    Session(
+        "commit-filters",
+        [
+            *FILTERED,
+            commit(device="ftop", top_node="f2", base_node="m2"),
+            commit(device="ftop", top_node="f0", base_node="base"),
+            commit(device="ftop", base_node="top"),
+            commit(device="ftop", top_node="m2", base_node="f0"),
+            commit(top_node="m2", base_node="m1"),
+            Do("forget", lambda context: context.daemon.qmp.events.clear()),
+            commit(device="ftop", top_node="m2", base_node="base", auto_finalize=False),
+            until("pending", "BLOCK_JOB_PENDING"),
+            GRAPH,
+            cmd("job-finalize", id="j"),
+            until("null"),
+            GRAPH,
+            nodes(),
+        ],
+        images=ALL,
+        compare_events=False,
+    ),
+    Session(
+        "commit-filter-and-a-base-that-has-to-grow",
+        [
+            layer("base", None),
+            *FILTERED[1:],
+            commit(device="ftop", top_node="m2", base_node="base"),
+            commit(device="ftop", top_node="top", base_node="base"),
+            GRAPH,
+        ],
+        images=ALL,
+    ),
+    Session(
+        "active-commit-filters",
+        [
+            *FILTERED,
+            commit(device="ftop", top_node="top", base_node="base"),
+            until("ready", "BLOCK_JOB_READY"),
+            GRAPH,
+            cmd("job-complete", id="j"),
+            until("null"),
+            GRAPH,
+            nodes(),
+        ],
+        images=ALL,
     ),
     Session(
         "commit-inactive",

@@ -32,7 +32,7 @@ from pyqsd.block.op_blockers import Op
 from pyqsd.block.reopen import set_read_only
 from pyqsd.block.replace import Change
 from pyqsd.jobs.block_job import BlockdevOnError, BlockJob
-from pyqsd.jobs.commit_top import CommitTop
+from pyqsd.jobs.commit_top import CommitTop, shared_below
 from pyqsd.jobs.job import Jobs, JobType
 from pyqsd.jobs.mirror import start_active_commit
 from pyqsd.qapi.command import command
@@ -124,8 +124,7 @@ class CommitJob(BlockJob):
             self._filter.read_only = True
             layer = top
             while layer is not base:
-                # Who reads it gets what is not right any more.
-                self.add_node("intermediate node", layer, 0, perms.WRITE_UNCHANGED | perms.WRITE)
+                self.add_node("intermediate node", layer, 0, shared_below(layer, base))
                 below = layer.below()
                 assert below is not None
                 layer = below
@@ -398,6 +397,8 @@ async def block_commit(
             auto_dismiss=auto_dismiss is not False,
         )
         return
+    if filenames.without_filters(upper) is filenames.without_filters(lower):
+        raise Error("Invalid files for merge: top and base are the same")
     job = CommitJob(
         jobs,
         job_id or "",

@@ -9,8 +9,19 @@ from __future__ import annotations
 
 from pyqsd.block import permissions as perms
 from pyqsd.block.child import Child
+from pyqsd.block.filenames import without_filters
 from pyqsd.block.internal_filter import InternalFilter
+from pyqsd.block.node import Node
 from pyqsd.block.options import BlockdevOptions
+
+
+def shared_below(layer: Node, base: Node) -> int:
+    """What others may do with `layer`, which is above `base`, while that is committed to: who reads it gets what is not
+    right any more, unless it is only a filter of the base."""
+    shared = perms.WRITE_UNCHANGED | perms.WRITE
+    if without_filters(layer) is without_filters(base):
+        shared |= perms.CONSISTENT_READ
+    return shared
 
 
 class CommitTop(InternalFilter):

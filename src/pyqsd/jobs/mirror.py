@@ -39,6 +39,7 @@ from pyqsd.block.reopen import set_read_only
 from pyqsd.block.replace import Change
 from pyqsd.jobs.block_job import BlockdevOnError, BlockJob
 from pyqsd.jobs.block_job_commands import BlockJobChangeOptionsMirror, MirrorCopyMode
+from pyqsd.jobs.commit_top import shared_below
 from pyqsd.jobs.job import Jobs, JobStatus, JobType
 from pyqsd.jobs.mirror_top import MirrorBitmap, MirrorTop, ShownBitmap
 from pyqsd.qapi.errors import Error
@@ -302,7 +303,7 @@ class MirrorJob(BlockJob):
             for layer in _chain(source)[1:]:
                 if layer is target:
                     break
-                self.add_node("intermediate node", layer, 0, perms.WRITE_UNCHANGED | perms.WRITE)
+                self.add_node("intermediate node", layer, 0, shared_below(layer, target))
             freezing.freeze(self._top, target)
             self._frozen = True
 
