@@ -2,9 +2,9 @@
 
 Bounded in time (`--minutes`) and in rounds (`--rounds`). Each round is one random workload, one through the compress
 filter, one of an image with a data file that is resized again and again, one storm of concurrent requests, one of
-changes of the graph under load, one of all features of qcow2 at once, one stream of a chain under load, one
-mirror or active commit, one kill -9, and fuzz on both protocols. The first failure ends it, prints what it was and how
-to do that round again (`--seed`), and leaves the files there.
+changes of the graph under load, one of all features of qcow2 at once, one stream of a chain under load, one mirror or
+active commit, one of backups that come to nothing, one kill -9, and fuzz on both protocols. The first failure ends it,
+prints what it was and how to do that round again (`--seed`), and leaves the files there.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import traceback
 from pathlib import Path
 
 from tests.drivers.qcow2 import mangled, test_check, test_check_only, test_check_repair
+from tests.jobs import test_backup
 from tests.support import images
 from tests.support.daemon import DaemonProcess
 from tests.support.nbd import is_alive
@@ -146,6 +147,14 @@ def check_only(root: Path, seed: int) -> str:
     return ""
 
 
+def backup(root: Path, seed: int) -> str:
+    for test in (test_backup.test_bitmaps, test_backup.test_stopping_it_at_any_moment):
+        workdir = root / test.__name__
+        workdir.mkdir()
+        test(seed, workdir)
+    return ""
+
+
 PARTS = {
     "workload": workload,
     "compressed": compressed,
@@ -155,6 +164,7 @@ PARTS = {
     "features": features,
     "stream": stream,
     "mirror": mirror,
+    "backup": backup,
     "crash": crash,
     "abuse": abuse,
     "check": check,
