@@ -107,7 +107,7 @@ class Transfer:
             copied = await self._target.copy_from(offset, length, *place)
         except OSError as exc:
             raise CopyError(False, exc) from exc
-        self._offload = _OFFLOAD_TRIES if copied else self._offload - 1
+        self._offload = _OFFLOAD_TRIES if copied else max(self._offload - 1, 0)
         return copied
 
     async def zero(self, offset: int, length: int) -> None:
