@@ -45,7 +45,8 @@ log = logging.getLogger(__name__)
 _PIECE: Final = 512 << 10
 #: Bytes that are made zeroes in one piece.
 _ZERO_PIECE: Final = 64 << 20
-_MOST_PIECES: Final = 16
+#: More of them take no less time, but a user of the disk waits longer.
+_MOST_PIECES: Final = 4
 #: After so many bytes the base is flushed, so that the last flush does not take long.
 _FLUSH: Final = 16 << 20
 #: A request that fails again and again, and is to be repeated, waits for so long in between, seconds.
