@@ -26,6 +26,12 @@ Storage daemon for disk images, compatible with qemu-storage-daemon
            [,writable=on|off][,bitmap=<name>]
                          export a block node over NBD (after --nbd-server)
 
+  --export [type=]vhost-user-blk,id=<id>,node-name=<node-name>,
+           addr.type=unix,addr.path=<path>[,writable=on|off]
+           [,logical-block-size=<bytes>][,num-queues=<n>]
+  --export [type=]vhost-user-blk,...,addr.type=fd,addr.str=<fd>[,...]
+                         export a block node as a disk of a virtual machine
+
   --monitor [chardev=]<chardev>[,id=<id>][,mode=control][,pretty=on|off]
                          serve QMP on a character device
 
