@@ -48,8 +48,9 @@ from pyqsd.qapi.types import Struct
 log = logging.getLogger(__name__)
 
 _MOST_PIECES: Final = 16
-#: The buffers of pieces under way together, unless ``buf-size`` says less (or more, up to `_MOST_BUFFER`).
-_BUFFER: Final = 16 << 20
+#: The buffers of pieces under way together, unless ``buf-size`` says otherwise (up to `_MOST_BUFFER`). With more, the
+#: processor's cache is of less use, and users wait longer.
+_BUFFER: Final = 4 << 20
 _MOST_BUFFER: Final = 64 << 20
 #: Data is copied in pieces of this length, or a sixteenth of the buffer if that is more.
 _CHUNK: Final = 1 << 20
