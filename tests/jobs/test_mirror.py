@@ -394,3 +394,30 @@ def test_errors_of_the_source() -> None:
         assert bench.data("t") == before
 
     scenario(1, test)
+
+
+@pytest.mark.parametrize("mode", ["background", "write-blocking"])
+def test_drains_hold_the_job_and_its_users(mode: str) -> None:
+    """Whoever drains the source or the target finds it still, and nobody waits for ever."""
+
+    async def test(bench: Bench) -> None:
+        rng, graph = bench.rng, bench.graph
+        await bench.set_up()
+        for number in range(USERS):
+            bench.add_user(number)
+        await bench.c("blockdev-mirror", **options(rng, **{"copy-mode": mode}))
+        for count in range(60):
+            names = rng.choice(("t", "s", "st", "ts"))
+            async with graph.drained(*(graph.find(name) for name in names)):
+                before = {name: bytes(bench.data(name)) for name in names}
+                await wait_turns(30)
+                assert before == {name: bench.data(name) for name in names}
+            await wait_turns(rng.randrange(60))
+            if count == 30:
+                await until(lambda: ready(bench))
+        await bench.c("job-complete", id="j")
+        await until(bench.job_ended)
+        assert bench.compared == 1
+        await bench.stop("t")
+
+    scenario(3, test)
