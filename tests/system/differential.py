@@ -264,7 +264,7 @@ def subset_problem(step: Subset, theirs: Any, ours: Any) -> str | None:
 
 def check_session(session: Session, images: Path, tmp_path: Path) -> None:
     """Runs it on both and fails with all differences."""
-    results = {}
+    results: dict[str, list[tuple[str, Any]]] = {}
     workdir = tmp_path / "work"
     for kind in ("qsd", "pyqsd"):
         workdir.mkdir()
@@ -276,6 +276,9 @@ def check_session(session: Session, images: Path, tmp_path: Path) -> None:
         results[kind] = run_session(kind, session, workdir)
         if kind == "qsd":
             shutil.rmtree(workdir)  # the second run sees the same paths
+    # Two daemons that both do not do what the session waits for are no agreement.
+    waited = [label for label, value in results["qsd"] if str(value).startswith("BROKEN: TimeoutError")]
+    assert not waited, f"session {session.name}: QSD does not come to an end of: {waited}"
     compare_results(session, results["qsd"], results["pyqsd"])
 
 
@@ -314,7 +317,7 @@ def compare_results(session: Session, theirs: list[tuple[str, Any]], ours: list[
 
 def check_command_line(name: str, args: list[str], images: Path, names: Sequence[str], tmp_path: Path) -> None:
     """A command line that ends by itself: the same exit status, stdout and stderr after the program's name."""
-    results = {}
+    results: dict[str, list[tuple[str, Any]]] = {}
     workdir = tmp_path / "work"
     for kind in ("qsd", "pyqsd"):
         workdir.mkdir()

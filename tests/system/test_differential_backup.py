@@ -166,7 +166,7 @@ def pairs() -> list[dict[str, Any]]:
 def error_sessions() -> list[Session]:
     """Both ends, every policy, two kinds of errors; each of them once, so that going on works."""
     sessions = []
-    for end, event in (("source", "read_aio"), ("target", "write_aio"), ("source", "l2_load")):
+    for end, event in (("source", "read_aio"), ("target", "write_aio")):
         steps: list[Any] = []
         for number, policy in itertools.product((5, 28), ("report", "ignore", "stop", "enospc", "auto")):
             rule = {"event": event, "errno": number, "once": True}
