@@ -469,3 +469,35 @@ def test_an_error_while_a_node_becomes_inactive_leaves_it_active(tmp_path: Path)
         assert not node.active
 
     run(test)
+
+
+def test_taking_back_leaves_alone_what_others_did(tmp_path: Path) -> None:
+    """While a change could still be taken back, users come, go and are led elsewhere (exports, the end of a job)."""
+
+    async def test(commands: Commands) -> None:
+        await images(commands, tmp_path, "base", "top", "other")
+        graph = commands.graph
+        base, top, other = (graph.nodes[name] for name in ("base", "top", "other"))
+        stays, goes, moves = (use(graph, "base", perms.CONSISTENT_READ) for _ in range(3))
+        change = Change()
+        change.add(top, "backing", base, ROLE_COW)
+        change.move_parents(base, top)
+        change.check()
+        change.commit()
+        assert stays.node is goes.node is moves.node is top
+        comes = use(graph, "base", perms.CONSISTENT_READ)
+        goes.remove()
+        later = Change()
+        edge = moves.edge
+        assert edge is not None
+        later._retarget(edge, other)
+        later.check()
+        later.commit()
+        change.undo()
+        assert stays.node is base and comes.node is base and moves.node is other and goes.edge is None
+        assert {edge.parent for edge in base.parents} == {stays, comes} and not top.parents
+        assert [edge.parent for edge in other.parents] == [moves] and top.driver.backing is None
+        for backend in (stays, comes, moves):
+            backend.remove()
+
+    run(test)

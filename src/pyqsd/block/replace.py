@@ -25,25 +25,18 @@ class Change:
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
-        self._kept: set[Node] = set()
         self._roots: list[Node] = []
         self._edges: list[Child] = []
         self._committed = False
         #: The edges that are gone; whoever commits gives their nodes to `Graph.unref`.
         self.removed: list[Child] = []
 
-    def _keep(self, *nodes: Node) -> None:
-        for node in nodes:
-            self._roots.append(node)
-            if node not in self._kept:
-                self._kept.add(node)
-                self._undo.append(_restorer(node))
-
     def remove(self, child: Child) -> None:
         """Take the edge of a node away. Raises Error if it is frozen."""
         assert isinstance(child.parent, Node)
         freezing.check_droppable(child)
-        self._keep(child.parent, child.node)
+        self._roots += [child.parent, child.node]
+        self._undo.append(_putting_back(child))
         Graph.unlink(child)
         self.removed.append(child)
 
@@ -53,8 +46,9 @@ class Change:
             raise Error(f"Making '{node.name}' a {name} child of '{parent.name}' would create a cycle")
         if parent.active and not node.active:
             raise Error(f"Inactive '{node.name}' can't be a {name} child of active '{parent.name}'")
-        self._keep(parent, node)
+        self._roots += [parent, node]
         child = Child(parent, name, node, role, 0, perms.ALL)
+        self._undo.append(_taking_away(child))
         Graph.link(child)
         self._edges.append(child)
         return child
@@ -62,7 +56,7 @@ class Change:
     def move_parents(self, old: Node, new: Node) -> None:
         """Everybody who uses `old` uses `new` instead, but for `new` itself and what it is made of. Raises Error, and
         then some may do so already: `undo`."""
-        self._keep(old, new)
+        self._roots += [old, new]
         for edge in list(old.parents):
             if edge.parent is new or (isinstance(edge.parent, Node) and is_below(edge.parent, new)):
                 continue
@@ -72,7 +66,7 @@ class Change:
 
     def _retarget(self, edge: Child, new: Node) -> None:
         old = edge.node
-        self._undo.append(lambda: setattr(edge, "node", old))
+        self._undo.append(_leading_back(edge, old, new))
         old.parents.remove(edge)
         new.parents.insert(0, edge)
         edge.node = new
@@ -108,12 +102,53 @@ class Change:
             parent.child_resized(edge)
 
 
-def _restorer(node: Node) -> Callable[[], None]:
-    children, parents, driver = list(node.children), list(node.parents), node.driver
+# Each step is taken back by itself: others (exports that come and go, the end of a job) may have changed other edges of
+# the same nodes since, and those stay as they are.
+
+
+def _putting_back(child: Child) -> Callable[[], None]:
+    parent, node = child.parent, child.node
+    assert isinstance(parent, Node)
+    above, below = node.parents.index(child), parent.children.index(child)
+    driver = parent.driver
+    was_file, was_backing = driver.file is child, driver.backing is child
+
+    def undo() -> None:
+        node.parents.insert(above, child)
+        parent.children.insert(below, child)
+        if was_file:
+            driver.file = child
+        if was_backing:
+            driver.backing = child
+
+    return undo
+
+
+def _taking_away(child: Child) -> Callable[[], None]:
+    parent = child.parent
+    assert isinstance(parent, Node)
+    driver = parent.driver
     file, backing = driver.file, driver.backing
 
-    def restore() -> None:
-        node.children[:], node.parents[:] = children, parents
-        driver.file, driver.backing = file, backing
+    def undo() -> None:
+        if child in parent.children:
+            Graph.unlink(child)
+        if driver.file is None and file in parent.children:
+            driver.file = file
+        if driver.backing is None and backing in parent.children:
+            driver.backing = backing
 
-    return restore
+    return undo
+
+
+def _leading_back(edge: Child, old: Node, new: Node) -> Callable[[], None]:
+    at = old.parents.index(edge)
+
+    def undo() -> None:
+        # It may be gone, or have been led elsewhere.
+        if edge.node is new and edge in new.parents:
+            new.parents.remove(edge)
+            old.parents.insert(at, edge)
+            edge.node = old
+
+    return undo
