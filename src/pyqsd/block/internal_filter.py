@@ -6,10 +6,10 @@ is removed again, and its parents are led to the node below, or to another one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pyqsd.block import filenames
-from pyqsd.block.child import Child
 from pyqsd.block.driver import ROLE_FILTERED, ROLE_PRIMARY, Filter
 from pyqsd.block.node import Node
 from pyqsd.block.replace import Change
@@ -63,11 +63,30 @@ async def insert_above(node: Node, driver: type[InternalFilter], name: str | Non
     return top
 
 
-def lead_away(change: Change, top: Node, to: Node) -> Child:
+def lead_away(change: Change, top: Node, to: Node) -> None:
     """In `change`: the parents of the filter `top` use the node `to` instead, and `top` lets go of what it filters.
-    Returns the edge that `top` had; after the commit it is for `Graph.unref` to close `top`. Raises Error."""
+    After the commit it is for `Graph.unref` to close `top`. Raises Error."""
     edge = top.driver.file
     assert edge is not None
     change.move_parents(top, to)
     change.remove(edge)
-    return edge
+
+
+async def take_away(top: Node, to: Node, more: Callable[[Change], None] | None = None) -> None:
+    """Whoever uses the filter `top` uses `to` instead, and `more` is changed together with that; then `top` is closed,
+    and what nobody uses any more. Raises Error, and then nothing has changed."""
+    graph = top.graph
+    async with graph.drained(top):
+        change = Change()
+        try:
+            lead_away(change, top, to)
+            if more is not None:
+                more(change)
+            change.check()
+        except BaseException:
+            change.undo()
+            raise
+        change.commit()
+        for edge in change.removed:
+            await graph.unref(edge.node)
+        await graph.unref(top)

@@ -8,6 +8,7 @@ are held back meanwhile.
 from __future__ import annotations
 
 import errno
+import logging
 from typing import Any
 
 from msgspec import structs
@@ -23,6 +24,8 @@ from pyqsd.block.replace import Change
 from pyqsd.qapi.errors import Error
 from pyqsd.qapi.json_writer import to_wire
 from pyqsd.qapi.types import NULL
+
+log = logging.getLogger(__name__)
 
 #: What `Node` itself deals with.
 _GENERIC = frozenset({"cache", "read_only", "auto_read_only", "discard", "detect_zeroes"})
@@ -97,6 +100,14 @@ async def set_read_only(graph: Graph, node: Node, read_only: bool) -> None:
     Raises Error, and then nothing has changed."""
     if node.read_only != read_only:
         await _reopen_nodes(graph, [(node, structs.replace(node.options, read_only=read_only))], True)
+
+
+async def read_only_again(graph: Graph, node: Node) -> None:
+    """Make `node` read-only; if that fails, it is as good, only that others may then write to it."""
+    try:
+        await set_read_only(graph, node, True)
+    except (Error, OSError) as exc:
+        log.warning("node '%s' stays writable: %s", node.name, exc)
 
 
 async def _reopen_nodes(graph: Graph, wanted: list[tuple[Node, BlockdevOptions]], keep_children: bool) -> None:

@@ -5,7 +5,6 @@ The node becomes the overlay's backing file and read-only; what belongs to it, l
 
 from __future__ import annotations
 
-import logging
 from contextlib import AsyncExitStack
 
 from pyqsd.block import action, graph_perms, op_blockers
@@ -15,13 +14,11 @@ from pyqsd.block.driver import ROLE_COW
 from pyqsd.block.graph import Graph
 from pyqsd.block.node import Node
 from pyqsd.block.op_blockers import Op
-from pyqsd.block.reopen import set_read_only
+from pyqsd.block.reopen import read_only_again
 from pyqsd.block.replace import Change
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
 from pyqsd.qapi.types import Struct
-
-log = logging.getLogger(__name__)
 
 
 class BlockdevSnapshot(Struct):
@@ -82,11 +79,7 @@ class SnapshotAction(action.Action):
 
     async def commit(self) -> None:
         assert self._node is not None
-        try:
-            await set_read_only(self._graph, self._node, True)
-        except (Error, OSError) as exc:
-            # As good, only that others may then write to it.
-            log.warning("node '%s' stays writable: %s", self._node.name, exc)
+        await read_only_again(self._graph, self._node)
 
     async def abort(self) -> None:
         assert self._change is not None

@@ -26,11 +26,10 @@ from pyqsd.block.driver import ROLE_COW
 from pyqsd.block.events import BlockErrorAction
 from pyqsd.block.extents import ALLOCATED, ZERO
 from pyqsd.block.graph import Graph
-from pyqsd.block.internal_filter import insert_above, lead_away
+from pyqsd.block.internal_filter import insert_above, take_away
 from pyqsd.block.node import Node
 from pyqsd.block.op_blockers import Op
-from pyqsd.block.reopen import set_read_only
-from pyqsd.block.replace import Change
+from pyqsd.block.reopen import read_only_again, set_read_only
 from pyqsd.jobs.block_job import BlockdevOnError, BlockJob
 from pyqsd.jobs.commit_top import CommitTop, shared_below
 from pyqsd.jobs.job import Jobs, JobType
@@ -313,26 +312,12 @@ class CommitJob(BlockJob):
         top = self._filter
         if top is None:
             return
-        async with self.graph.drained(top):
-            change = Change()
-            try:
-                lead_away(change, top, to)
-                change.check()
-            except BaseException:
-                change.undo()
-                raise
-            change.commit()
-            self._filter = None
-            for edge in change.removed:
-                await self.graph.unref(edge.node)
-            await self.graph.unref(top)
+        await take_away(top, to)
+        self._filter = None
 
     async def _base_as_before(self) -> None:
         if self._base_was_read_only:
-            try:
-                await set_read_only(self.graph, self._base, True)
-            except (Error, OSError) as exc:
-                log.warning("node '%s' stays writable: %s", self._base.name, exc)
+            await read_only_again(self.graph, self._base)
 
 
 async def _rename_backing(overlay: Node, name: str | None, fmt: str | None) -> None:

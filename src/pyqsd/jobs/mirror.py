@@ -32,10 +32,10 @@ from pyqsd.block.driver import MAY_UNMAP, ROLE_COW
 from pyqsd.block.events import BlockErrorAction
 from pyqsd.block.extents import ZERO
 from pyqsd.block.graph import Graph
-from pyqsd.block.internal_filter import insert_above, lead_away
+from pyqsd.block.internal_filter import insert_above, lead_away, take_away
 from pyqsd.block.node import Node
 from pyqsd.block.range_locks import RangeLocks
-from pyqsd.block.reopen import set_read_only
+from pyqsd.block.reopen import read_only_again, set_read_only
 from pyqsd.block.replace import Change
 from pyqsd.jobs.block_job import BlockdevOnError, BlockJob
 from pyqsd.jobs.block_job_commands import BlockJobChangeOptionsMirror, MirrorCopyMode
@@ -163,8 +163,7 @@ async def _start(
     try:
         job = cls(jobs, id, graph, top, target, options)
     except BaseException:
-        async with graph.drained(top):
-            await _take_away(graph, top, source)
+        await _take_away(top, source)
         raise
     job.start()
     return job
@@ -200,18 +199,12 @@ def can_replace(source: Node, other: Node) -> bool:
     return True
 
 
-async def _take_away(graph: Graph, top: Node, to: Node) -> None:
-    change = Change()
+async def _take_away(top: Node, to: Node) -> None:
     try:
-        lead_away(change, top, to)
-        change.check()
+        await take_away(top, to)
     except Error as exc:
-        change.undo()
         # It does nothing but pass on what comes.
         log.error("node '%s' stays where it is: %s", top.name, exc.desc)
-        return
-    change.commit()
-    await graph.unref(top)
 
 
 class MirrorJob(BlockJob):
@@ -720,7 +713,7 @@ class MirrorJob(BlockJob):
         if not self._left:
             await self._leave(False)
         if self.base_was_read_only and not self._target.read_only and self._target.opened:
-            await set_read_only(self.graph, self._target, True)
+            await read_only_again(self.graph, self._target)
 
     async def clean(self) -> None:
         await super().clean()

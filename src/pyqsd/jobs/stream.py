@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 from collections import deque
 from collections.abc import Callable
 from typing import ClassVar, Final
@@ -26,10 +25,10 @@ from pyqsd.block.driver import ROLE_COW
 from pyqsd.block.events import BlockErrorAction
 from pyqsd.block.extents import ALLOCATED, ZERO
 from pyqsd.block.graph import Graph
-from pyqsd.block.internal_filter import lead_away
+from pyqsd.block.internal_filter import take_away
 from pyqsd.block.node import Node
 from pyqsd.block.op_blockers import Op
-from pyqsd.block.reopen import set_read_only
+from pyqsd.block.reopen import read_only_again, set_read_only
 from pyqsd.block.replace import Change
 from pyqsd.drivers.filters.copy_on_read import CopyOnRead
 from pyqsd.drivers.filters.copy_on_read import Options as CopyOnReadOptions
@@ -37,8 +36,6 @@ from pyqsd.jobs.block_job import BlockdevOnError, BlockJob
 from pyqsd.jobs.job import Jobs, JobType
 from pyqsd.qapi.command import command
 from pyqsd.qapi.errors import Error
-
-log = logging.getLogger(__name__)
 
 #: Bytes of data that are copied in one piece (as in QSD: what is all zeroes is found in pieces of this size).
 _PIECE: Final = 512 << 10
@@ -317,19 +314,11 @@ class StreamJob(BlockJob):
         # Not the base's: nodes are let go of later.
         await self._take_filter_away()
         if self._was_read_only:
-            await _read_only_again(self.graph, self._chain.target)
+            await read_only_again(self.graph, self._chain.target)
 
     async def dismissed(self) -> None:
         # As in QSD, they are held until then. Layers that nobody else uses are closed.
         await self.release_nodes()
-
-
-async def _read_only_again(graph: Graph, node: Node) -> None:
-    try:
-        await set_read_only(graph, node, True)
-    except (Error, OSError) as exc:
-        # As good, only that others may then write to it.
-        log.warning("node '%s' stays writable: %s", node.name, exc)
 
 
 async def _insert_filter(chain: _Chain, name: str | None) -> Node:
@@ -359,23 +348,14 @@ async def _insert_filter(chain: _Chain, name: str | None) -> Node:
     return top
 
 
-async def _remove_filter(top: Node, target: Node, more: Callable[[Change], None] = lambda change: None) -> None:
+async def _remove_filter(top: Node, target: Node, more: Callable[[Change], None] | None = None) -> None:
     """Whoever uses the filter `top` uses `target` instead, and `more` is changed together with that. Raises Error, and
     then nothing has changed."""
-    graph = top.graph
     assert isinstance(top.driver, CopyOnRead)
-    async with graph.drained(top):
+    # Drained from before the chain is thawed.
+    async with top.graph.drained(top):
         with top.driver.thawed():
-            change = Change()
-            try:
-                lead_away(change, top, target)
-                more(change)
-                change.check()
-            except BaseException:
-                change.undo()
-                raise
-            change.commit()
-        await graph.unref(top)
+            await take_away(top, target, more)
 
 
 def _in_chain(node: Node, top: Node) -> bool:
@@ -469,7 +449,7 @@ async def block_stream(
         if top is not None:
             await _remove_filter(top, chain.target)
         if was_read_only:
-            await _read_only_again(graph, target)
+            await read_only_again(graph, target)
         raise
     job.start()
     if chain.overlay is chain.lowest:
