@@ -265,6 +265,13 @@ def _vsock_name(address: VsockSocketAddress) -> tuple[int, int]:
 # --- listening --------------------------------------------------------------------------------------------------------
 
 
+def check_not_passed(address: Plain) -> None:
+    """Numbers of file descriptors mean something to who started the process, not to a client of a monitor, who gives
+    this address. Raises Error."""
+    if isinstance(address, FdSocketAddress):
+        raise Error("only QEMU supports file descriptor passing")
+
+
 class Listener:
     """Listening sockets of one address (a name may stand for several). `address` is where they really listen."""
 

@@ -124,8 +124,8 @@ class SocketChardev(Chardev):
     async def open(self) -> None:
         self._check()
         options = self.options
-        if isinstance(self._address, FdSocketAddress) and not isinstance(options, _FromCommandLine):
-            raise Error("only QEMU supports file descriptor passing")
+        if not isinstance(options, _FromCommandLine):
+            addresses.check_not_passed(self._address)
         if self._server:
             self._listener = await addresses.listen(self._address)
             self._address = self._listener.address

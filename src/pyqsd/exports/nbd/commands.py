@@ -33,9 +33,8 @@ async def nbd_server_start(
 ) -> None:
     """Start the NBD server; its exports are added afterwards."""
     server = exports.shared(NbdServer)
-    if isinstance(addr, addresses.FdSocketAddressWrapper) and not server.running:
-        # Numbers of file descriptors mean something to who started the process, not to a client of a monitor.
-        raise Error("only QEMU supports file descriptor passing")
+    if not server.running:
+        addresses.check_not_passed(addresses.plain(addr))
     await server.start(
         addr,
         handshake_max_seconds=handshake_max_seconds,

@@ -56,9 +56,8 @@ class VhostUserBlkExport(Export):
         queues = 1 if options.num_queues is None else options.num_queues
         if not queues:
             raise Error("num-queues must be greater than 0")
-        if isinstance(address, addresses.FdSocketAddress) and self.from_monitor:
-            # Numbers of file descriptors mean something to who started the process, not to a client of a monitor.
-            raise Error("only QEMU supports file descriptor passing")
+        if self.from_monitor:
+            addresses.check_not_passed(address)
         self._device = BlkDevice(
             self.backend,
             writable=self.writable,

@@ -22,7 +22,6 @@ from pyqsd.exports.virtio.virtqueue import MAX_SIZE, BadRing, Inflight, Virtqueu
 
 log = logging.getLogger(__name__)
 
-_NO_ANSWER: Final = None
 #: Messages that have a reply of their own, and are not acknowledged besides.
 _REPLIED: Final = frozenset(
     {
@@ -250,7 +249,7 @@ class Session:
         return self._rings[index]
 
     async def _nothing(self, payload: bytes) -> bytes | None:
-        return _NO_ANSWER
+        return None
 
     async def _get_features(self, payload: bytes) -> bytes | None:
         return p.pack_u64(self._offered)
@@ -264,7 +263,7 @@ class Session:
         if logging_was != self._memory.logging:
             self._relocate()
         self._start_rings()
-        return _NO_ANSWER
+        return None
 
     async def _get_protocol_features(self, payload: bytes) -> bytes | None:
         return p.pack_u64(p.PROTOCOL_FEATURES)
@@ -274,7 +273,7 @@ class Session:
         if features & ~p.PROTOCOL_FEATURES:
             raise ProtocolError(f"protocol features 0x{features & ~p.PROTOCOL_FEATURES:x} are not offered")
         self._protocol = features
-        return _NO_ANSWER
+        return None
 
     async def _get_queue_num(self, payload: bytes) -> bytes | None:
         return p.pack_u64(len(self._rings))
@@ -293,7 +292,7 @@ class Session:
     async def _set_config(self, payload: bytes) -> bytes | None:
         access = p.config(payload)
         self._device.set_config(access.offset, access.data)
-        return _NO_ANSWER
+        return None
 
     async def _set_backend_req_fd(self, payload: bytes) -> bytes | None:
         fd = self._take_fd("SET_BACKEND_REQ_FD")
@@ -305,7 +304,7 @@ class Session:
             os.close(fd)
             raise ProtocolError(f"the channel to the front-end is no socket: {exc}") from exc
         self._backend_socket.setblocking(False)
-        return _NO_ANSWER
+        return None
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
@@ -313,7 +312,7 @@ class Session:
         self._memory.replace(p.regions(payload), self._fds)
         self._relocate()
         self._start_rings()
-        return _NO_ANSWER
+        return None
 
     async def _get_max_mem_slots(self, payload: bytes) -> bytes | None:
         return p.pack_u64(p.MAX_SLOTS)
@@ -325,12 +324,12 @@ class Session:
         self._memory.add(region, self._fds[0])
         self._relocate()
         self._start_rings()
-        return _NO_ANSWER
+        return None
 
     async def _rem_mem_reg(self, payload: bytes) -> bytes | None:
         self._memory.remove(p.region(payload))
         self._relocate()
-        return _NO_ANSWER
+        return None
 
     async def _set_log_base(self, payload: bytes) -> bytes | None:
         if len(self._fds) != 1:
@@ -372,7 +371,7 @@ class Session:
             raise ProtocolError(f"ring {index} with {size} descriptors")
         self._check_stopped(ring)
         ring.size = size
-        return _NO_ANSWER
+        return None
 
     async def _set_vring_addr(self, payload: bytes) -> bytes | None:
         addresses = p.addresses(payload)
@@ -387,14 +386,14 @@ class Session:
                 raise ProtocolError(f"ring {ring.index} is moved while it runs")
             self._relocate()
         self._start_rings()
-        return _NO_ANSWER
+        return None
 
     async def _set_vring_base(self, payload: bytes) -> bytes | None:
         index, base = p.state(payload)
         ring = self._ring(index)
         self._check_stopped(ring)
         ring.base = base & 0xFFFF
-        return _NO_ANSWER
+        return None
 
     async def _get_vring_base(self, payload: bytes) -> bytes | None:
         index, _ = p.state(payload)
@@ -411,7 +410,7 @@ class Session:
             ring.runner.paused = self._paused or not ring.enabled
             ring.runner.process()
         self._start_rings()
-        return _NO_ANSWER
+        return None
 
     async def _set_vring_kick(self, payload: bytes) -> bytes | None:
         ring, fd = self._vring_fd(payload, "kick")
@@ -420,7 +419,7 @@ class Session:
         self._check_stopped(ring, fd)
         self._set_fd(ring, "kick", fd)
         self._start_rings()
-        return _NO_ANSWER
+        return None
 
     async def _set_vring_call(self, payload: bytes) -> bytes | None:
         ring, fd = self._vring_fd(payload, "call")
@@ -428,12 +427,12 @@ class Session:
         # What was used meanwhile nobody was told of.
         if ring.queue is not None:
             ring.notify()
-        return _NO_ANSWER
+        return None
 
     async def _set_vring_err(self, payload: bytes) -> bytes | None:
         ring, fd = self._vring_fd(payload, "err")
         self._set_fd(ring, "err", fd)
-        return _NO_ANSWER
+        return None
 
     def _vring_fd(self, payload: bytes, what: str) -> tuple[Vring, int]:
         value = p.u64(payload)
@@ -532,7 +531,7 @@ class Session:
             self._sock.sendmsg([answer], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))])
         finally:
             os.close(fd)
-        return _NO_ANSWER
+        return None
 
     async def _set_inflight_fd(self, payload: bytes) -> bytes | None:
         area = p.inflight(payload)
@@ -543,7 +542,7 @@ class Session:
         if area.size < Inflight.bytes_for(area.queue_size) * area.queues:
             raise ProtocolError(f"an inflight area of {area.size} bytes")
         self._inflight = map_shared(self._fds[0], area.size, area.offset), area.queue_size
-        return _NO_ANSWER
+        return None
 
     def _inflight_of(self, ring: Vring) -> Inflight | None:
         if self._inflight is None:
